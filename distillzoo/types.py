@@ -1,0 +1,251 @@
+"""The small frozen records that the parts of the project hand to each other.
+
+They hold tensors and numbers and do nothing else: a network's stages (:class:`Stage`), what a network returned
+(:class:`Trace`), what a loop hands to a distiller (:class:`Batch`, :class:`Progress`), what a distiller asks of the loop
+(:class:`Requires`, :class:`Phase`) and gives back (:class:`StepOutput`, :class:`ParamGroup`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from distillzoo.errors import OptionError
+
+__all__ = [
+    "Batch",
+    "DataSpec",
+    "Layout",
+    "Loader",
+    "ParamGroup",
+    "Phase",
+    "Progress",
+    "Requires",
+    "Stage",
+    "StepOutput",
+    "Trace",
+]
+
+Layout = Literal["auto", "nchw", "nhwc", "tokens"]
+"""How a tap's tensor is laid out: maps with channels first or last, or ``(B, N, C)`` tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class DataSpec:
+    """What a distiller may know about the data.
+
+    Args:
+        num_classes: Number of classes, at least 2.
+        input_size: Height and width of the images that the student reads, in pixels.
+        mean: Per-channel mean that was subtracted from images scaled to 0..1; its length is the number of channels.
+        std: Per-channel standard deviation that the images were divided by.
+        num_samples: Size of the training set (subset, where one is held out); ``index`` counts within it. Needed by memory banks.
+        targets: ``(num_samples,)`` int64 labels of the training set, for methods that draw by class.
+    Raises:
+        OptionError: If a number is out of range or the lengths disagree.
+    """
+
+    num_classes: int
+    input_size: tuple[int, int]
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    num_samples: int | None = None
+    targets: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 2:
+            raise OptionError(f"num_classes must be at least 2; got {self.num_classes}.")
+        if min(self.input_size) < 1:
+            raise OptionError(f"input_size must be positive pixels (height, width); got {self.input_size}.")
+        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
+            raise OptionError(f"mean and std need one number a channel each, std above 0; got mean={self.mean}, std={self.std}.")
+        if self.num_samples is not None and self.num_samples < 1:
+            raise OptionError(f"num_samples must be at least 1 or None; got {self.num_samples}.")
+        if self.targets is not None:
+            if self.targets.ndim != 1 or self.targets.dtype.is_floating_point:
+                raise OptionError(f"targets must be (N,) integer labels; got {tuple(self.targets.shape)} {self.targets.dtype}.")
+            if self.num_samples is not None and self.num_samples != len(self.targets):
+                raise OptionError(f"targets has {len(self.targets)} labels but num_samples is {self.num_samples}.")
+
+    @property
+    def channels(self) -> int:
+        """Number of image channels."""
+        return len(self.mean)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch as the loop hands it out.
+
+    Args:
+        images: ``(B, C, H, W)`` normalised images.
+        targets: ``(B,)`` int64 labels or ``(B, num_classes)`` probabilities.
+        index: ``(B,)`` int64 positions in the training set, for methods with a memory.
+        second_view: ``(B, C, H, W)``, another augmentation of the same images.
+    """
+
+    images: Tensor
+    targets: Tensor
+    index: Tensor | None = None
+    second_view: Tensor | None = None
+
+
+class Loader(Protocol):
+    """Batches of one split, replayable: what an epoch holds is a pure function of (seed, phase, epoch)."""
+
+    @property
+    def spec(self) -> DataSpec:
+        """What a distiller may know about the data."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch; an incomplete last batch counts."""
+        ...
+
+    def epoch(self, epoch: int, *, phase: str = "main", second_view: bool = False) -> Iterable[Batch]:
+        """Return the batches of an epoch (counted from 0) of a phase, on the loader's device."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands. Everything counts from 0.
+
+    Args:
+        epoch: Current epoch of the phase.
+        epochs: Number of epochs of the phase.
+        step: Optimiser steps done so far in the whole run (phases count on).
+        steps_per_epoch: Batches in an epoch.
+        phase: Name of the current phase; ``"main"`` is the last one.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps_per_epoch: int
+    phase: str = "main"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a network: the table that taps, OFD, KDiffusion and GPD read.
+
+    A *tap path* is a module path as :meth:`torch.nn.Module.get_submodule` takes it and means that module's output;
+    ``"path:input"`` means its first positional input (of its last call in a forward, where it is called several times).
+
+    Args:
+        path: Tap path of the stage's output.
+        pre: Tap path of the same tensor before its activation; ``None`` where the stage ends without one (then it is ``path``).
+        linear: Module path of the last linear op (convolution or linear layer) that feeds the tap.
+        linear_norm: Module path of the norm that directly follows ``linear``; ``None`` where none does (pre-activation networks).
+        norm: Module path of the norm before the activation: its scale and shift describe ``pre``.
+        channels: Channels of the output; ``None`` is measured.
+        stride: Input pixels per output pixel; ``None`` is measured.
+        layout: How the tensor is laid out; ``"auto"`` decides by its shape.
+    """
+
+    path: str
+    pre: str | None = None
+    linear: str | None = None
+    linear_norm: str | None = None
+    norm: str | None = None
+    channels: int | None = None
+    stride: int | None = None
+    layout: Layout = "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What one forward pass of a network returned.
+
+    Args:
+        logits: ``(B, num_classes)``.
+        features: Tapped tensors by name: ``stage1`` .. ``stageN`` and ``stageN.pre`` as ``(B, C, H, W)``, ``pooled`` as ``(B, D)``.
+        second: The trace of the batch's second view, where there is one.
+    """
+
+    logits: Tensor
+    features: Mapping[str, Tensor]
+    second: Trace | None = None
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What a method needs from the loop, so that the loop never asks which method it is running.
+
+    Args:
+        student_taps: Names (``"stage2"``, ``"stage2.pre"``, ``"pooled"``) or groups of names (``"stages"``, ``"stages.pre"``,
+            ``"last"``, ``"last.pre"``: the last stage).
+        teacher_taps: The same for the teacher.
+        index: Whether every batch must carry data-set indices.
+        second_view: Whether every batch must carry a second augmentation.
+        hard_labels: Whether targets must be class numbers (no mixup).
+        teacher: Whether a teacher is needed at all.
+    """
+
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
+    index: bool = False
+    second_view: bool = False
+    hard_labels: bool = False
+    teacher: bool = True
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of training with its own optimiser.
+
+    Args:
+        name: Name of the phase; the last phase of a method is ``"main"``.
+        epochs: Length in epochs; ``None`` takes the recipe's.
+        trainable: Patterns (:mod:`fnmatch`) of the distiller's parameter names that train; ``None`` trains all.
+        terms: Names of the loss terms that count; ``None`` counts all.
+    """
+
+    name: str = "main"
+    epochs: int | None = None
+    trainable: tuple[str, ...] | None = None
+    terms: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StepOutput:
+    """What one step of a distiller returns.
+
+    Args:
+        logits: ``(B, num_classes)`` logits of the student.
+        loss: Scalar: the weighted sum of ``terms``.
+        terms: Unweighted scalars by name.
+        weights: The 0-dim weights that multiplied them, by the same names.
+    """
+
+    logits: Tensor
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ParamGroup:
+    """Parameters that an optimiser treats alike.
+
+    Args:
+        owner: Whose parameters these are.
+        kind: ``"weight"``, ``"norm_bias"`` (norms and biases: decayed where the recipe says so) or ``"exempt"`` (declared by the
+            method: never decayed).
+        params: The tensors, each in exactly one group.
+        names: Their names in the distiller, in the same order.
+    """
+
+    owner: Literal["student", "adapters"]
+    kind: Literal["weight", "norm_bias", "exempt"]
+    params: tuple[nn.Parameter, ...]
+    names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """``owner.kind``."""
+        return f"{self.owner}.{self.kind}"
