@@ -12,9 +12,12 @@ from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from distillzoo.errors import OptionError, UnknownNameError, unknown_name
+from torch import nn
 
-__all__ = ["DISTILLERS", "Registry", "register_distiller"]
+from distillzoo.errors import OptionError, UnknownNameError, unknown_name
+from distillzoo.types import Stage
+
+__all__ = ["DISTILLERS", "STAGE_FINDERS", "Registry", "register_distiller"]
 
 T = TypeVar("T")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -100,6 +103,9 @@ def _where(item: object) -> str:
 
 DISTILLERS: Registry[type[Any]] = Registry("distiller", group="distillzoo.distillers")
 """Distiller classes by name."""
+
+STAGE_FINDERS: Registry[Callable[[nn.Module], tuple[Stage, ...] | None]] = Registry("stage finder")
+"""Functions that know the stages of some foreign networks (torchvision's) and return None for all others."""
 
 
 def register_distiller(name: str) -> Callable[[type[T]], type[T]]:

@@ -29,8 +29,8 @@ __all__ = [
     "Trace",
 ]
 
-Layout = Literal["auto", "nchw", "nhwc", "tokens"]
-"""How a tap's tensor is laid out: maps with channels first or last, or ``(B, N, C)`` tokens."""
+Layout = Literal["auto", "nchw", "nhwc", "tokens", "vector"]
+"""How a tap's tensor is laid out: maps with channels first or last, ``(B, N, C)`` tokens, or whatever is read as ``(B, D)``."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,265 @@
+"""Build a distiller by name on any pair of networks: :func:`build_distiller`, :func:`list_distillers`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import distillzoo.methods  # noqa: F401 - registers them
+from distillzoo.composition import Composition, Maker
+from distillzoo.distiller import Distiller
+from distillzoo.errors import OptionError, ShapeError, unknown_name
+from distillzoo.registry import DISTILLERS
+from distillzoo.schedules import Weight, describe_weight
+from distillzoo.streams import Stream, draw_seed, forked_generator
+from distillzoo.taps import Tapped, Teacher
+from distillzoo.types import DataSpec, Stage
+
+__all__ = ["Ensemble", "build_distiller", "describe_distiller", "list_distillers", "resolve_distiller"]
+
+_BASE_ARGUMENTS = frozenset({"self", "student", "teacher", "data", "weights", "seed"})
+_GUESSED_SIZES = (224, 32)
+Taps = Mapping[str, Sequence[Stage | str] | Mapping[str, Stage | str]]
+
+
+class Ensemble(nn.Module):
+    """Several teachers as one: its logits are the logarithm of the averaged probabilities.
+
+    Args:
+        teachers: Classifiers of the same classes.
+    """
+
+    def __init__(self, teachers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+        self.stages: tuple[Stage, ...] = ()  # logits only: an ensemble has no feature maps of its own
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return ``(B, num_classes)`` log-probabilities."""
+        logs = torch.stack([teacher(images).log_softmax(1) for teacher in self.teachers])
+        mean: Tensor = logs.logsumexp(0) - torch.log(torch.tensor(float(len(self.teachers)), dtype=logs.dtype))
+        return mean
+
+
+def list_distillers(pattern: str = "*") -> list[str]:
+    """Return the registered names that match a shell pattern, sorted.
+
+    Args:
+        pattern: As ``"*kd*"``.
+    Example:
+        >>> "kd" in list_distillers()
+        True
+    """
+    return DISTILLERS.names(pattern)
+
+
+def resolve_distiller(name: str | type[Distiller]) -> dict[str, type[Distiller]]:
+    """Return the classes that a name, a composition (``"crd+kd"``) or a class stands for, by member name.
+
+    Raises:
+        UnknownNameError: If a name is not registered.
+        OptionError: If a composition is malformed or a class is no distiller.
+    """
+    if isinstance(name, type):
+        if not issubclass(name, Distiller):
+            raise OptionError(f"build_distiller takes a name or a subclass of Distiller; got the class {name.__name__}.")
+        return {name.__name__.lower(): name}
+    parts = [part.strip() for part in name.split("+")]
+    if len(set(parts)) < len(parts) or "" in parts:
+        raise OptionError(f"A composition is different names joined by '+', as 'crd+kd'; got {name!r}.")
+    return {part: DISTILLERS[part] for part in parts}
+
+
+def option_defaults(method: type[Distiller]) -> dict[str, Any]:
+    """Return the options of a method with their defaults."""
+    parameters = inspect.signature(method.__init__).parameters
+    return {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if name not in _BASE_ARGUMENTS and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    }
+
+
+def describe_distiller(
+    name: str | type[Distiller], *, weights: Mapping[str, Weight] | str | None = None, **options: Any
+) -> dict[str, Any]:
+    """Return a method's resolved options and weights as plain data, for records: every default filled in.
+
+    Args:
+        name: As for :func:`build_distiller`.
+        weights: As for :func:`build_distiller`.
+        options: As for :func:`build_distiller`.
+    Raises:
+        OptionError: If an option does not exist.
+    Example:
+        >>> describe_distiller("kd", temperature=2.0)["options"]
+        {'temperature': 2.0}
+    """
+    methods = resolve_distiller(name)
+    given = _split_options(methods, options)
+    described = {member: {**option_defaults(method), **given[member]} for member, method in methods.items()}
+    if len(methods) == 1:
+        (member, method) = next(iter(methods.items()))
+        preset = weights if isinstance(weights, str) else next(iter(method.weight_presets))
+        values: dict[str, Weight] = {"ce": 1.0, **method.weight_presets.get(preset, {})}
+        if weights is not None and not isinstance(weights, str):
+            values |= weights
+        return {"options": described[member], "weights": {term: describe_weight(weight) for term, weight in values.items()}}
+    overrides = {} if weights is None or isinstance(weights, str) else weights
+    return {"options": described, "weights": {term: describe_weight(weight) for term, weight in overrides.items()}}
+
+
+def _split_options(methods: Mapping[str, type[Distiller]], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Give every member its options; a composition takes them as ``member={"option": value}``."""
+    if len(methods) == 1:
+        given = {next(iter(methods)): dict(options)}
+    else:
+        unknown = [name for name in options if name not in methods]
+        if unknown:
+            allowed = unknown_name("member of the composition", unknown[0], methods, listed="Members")
+            raise OptionError(f"{allowed} Options of a composition are given as kd={{'temperature': 2.0}}.")
+        given = {member: dict(options.get(member) or {}) for member in methods}
+    for member, method in methods.items():
+        allowed_options = option_defaults(method)
+        for name in given[member]:
+            if name not in allowed_options:
+                raise OptionError(unknown_name(f"option of {member}", name, allowed_options, listed="Its options are"))
+    return given
+
+
+def build_distiller(
+    name: str | type[Distiller],
+    student: nn.Module,
+    teacher: nn.Module | Teacher | Sequence[nn.Module] | None = None,
+    *,
+    num_classes: int | None = None,
+    data: DataSpec | None = None,
+    input_size: int | tuple[int, int] | None = None,
+    weights: Mapping[str, Weight] | str | None = None,
+    taps: Taps | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> Distiller:
+    """Build a distiller on a pair of networks and take the student over.
+
+    Args:
+        name: A registered name, a composition such as ``"crd+kd"``, or a subclass of :class:`Distiller`.
+        student: Any classifier.
+        teacher: Any classifier of the same classes; a list is averaged; a :class:`Teacher` is shared with other distillers.
+        num_classes: Number of classes; checked against both networks, measured where it is not given.
+        data: What may be known about the data; needed by methods with a memory. Stands in for ``num_classes`` and ``input_size``.
+        input_size: Height and width of the images in pixels; else what the network declares, else 224, then 32 are tried.
+        weights: Weights by term that override the defaults, or the name of a preset (``"imagenet"``).
+        taps: ``{"student": ..., "teacher": ...}``: tap paths, shallow to deep, or a mapping from names to paths, in place of those
+            that are found.
+        seed: Seed of adapters and draws; ``None`` draws one from torch's global generator.
+        options: The method's own options; of a composition ``member={"option": value}``.
+    Raises:
+        UnknownNameError: If the name is not registered; near matches are listed.
+        OptionError: If an option, a weight or a number of classes is wrong.
+        ShapeError: If a network does not return ``(B, num_classes)``.
+        TapError: If a tap does not exist.
+        UnsupportedPairError: If the method cannot work on this pair.
+    Example:
+        >>> from distillzoo import build_distiller, create_model
+        >>> student, teacher = (create_model(name, num_classes=10) for name in ("resnet8", "resnet20"))
+        >>> distiller = build_distiller("kd", student, teacher, input_size=32)
+        >>> out = distiller(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))
+        >>> sorted(out.terms)
+        ['ce', 'kd']
+    """
+    methods = resolve_distiller(name)
+    given = _split_options(methods, options)
+    for part in taps or {}:
+        if part not in ("student", "teacher"):
+            raise OptionError(f"taps has the keys 'student' and 'teacher'; got {part!r}.")
+    if isinstance(teacher, Sequence):
+        teacher = Ensemble(teacher)
+    spec = data or _data_spec(student, num_classes, input_size)
+    chosen = taps or {}
+    tapped = Tapped(student, spec, stages=chosen.get("student"))
+    if isinstance(teacher, nn.Module):
+        teacher = Teacher(teacher, spec, stages=chosen.get("teacher"))
+    _check_classes(tapped, teacher, data.num_classes if data is not None else num_classes)
+    seed = draw_seed(seed)
+    makers = {member: _maker(method, given[member], seed) for member, method in methods.items()}
+    with forked_generator(Stream.named(seed, "adapters", *methods)):
+        if len(makers) == 1:
+            method = next(iter(methods.values()))
+            distiller: Distiller = method(tapped, teacher, spec, weights=weights, seed=seed, **next(iter(given.values())))
+        else:
+            if isinstance(weights, str):
+                raise OptionError(f"A composition takes weights by term, as {{'kd.kd': 0.5}}; got the preset name {weights!r}.")
+            distiller = Composition(tapped, teacher, spec, makers=makers, weights=weights, seed=seed)
+    _follow_student(distiller)
+    tapped.request(*distiller.requires.student_taps)
+    if teacher is not None and distiller.requires.teacher:
+        teacher.request(*distiller.requires.teacher_taps)
+    return distiller
+
+
+def _maker(method: type[Distiller], options: Mapping[str, Any], seed: int) -> Maker:
+    def make(student: Tapped, teacher: Teacher | None, data: DataSpec) -> Distiller:
+        return method(student, teacher, data, seed=seed, **options)
+
+    return make
+
+
+def _follow_student(distiller: Distiller) -> None:
+    """Move adapters and buffers to the student's device and floating type; the teacher stays where it is."""
+    student = distiller.student_net.module
+    like = next((p for p in student.parameters() if p.is_floating_point()), None)
+    if like is None:
+        return
+    for child in distiller.children():
+        if child is not student:
+            child.to(device=like.device, dtype=like.dtype)
+    for part in distiller.modules():
+        if isinstance(part, Distiller):
+            part.step = part.step.to(like.device)
+            part._weight_values = part._weight_values.to(like.device)
+    own = [*distiller.named_parameters(recurse=False), *distiller.named_buffers(recurse=False)]
+    for _, tensor in own:
+        tensor.data = tensor.data.to(device=like.device, dtype=like.dtype if tensor.is_floating_point() else None)
+
+
+def _data_spec(student: nn.Module, num_classes: int | None, input_size: int | tuple[int, int] | None) -> DataSpec:
+    """What can be known of the images when only the networks are given."""
+    config = getattr(student, "pretrained_cfg", None) or getattr(student, "default_cfg", None) or {}
+    declared = config.get("input_size") if isinstance(config, Mapping) else None
+    channels = next((m.in_channels for m in student.modules() if isinstance(m, nn.Conv2d)), 3)
+    if isinstance(input_size, int):
+        input_size = (input_size, input_size)
+    sizes = [input_size] if input_size else [tuple(declared[1:])] if declared else [(size, size) for size in _GUESSED_SIZES]
+    mean, std = config.get("mean"), config.get("std")
+    if not (mean and std and len(mean) == channels):
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    problems: list[str] = []
+    for height, width in sizes:
+        spec = DataSpec(num_classes or 2, (height, width), tuple(mean), tuple(std))
+        try:
+            classes = Tapped(student, spec, stages=[""]).num_classes if num_classes is None else num_classes
+        except (RuntimeError, ValueError) as error:
+            problems.append(f"at {height}x{width}: {str(error).splitlines()[0]}")
+            continue
+        return DataSpec(classes, (height, width), tuple(mean), tuple(std))
+    raise ShapeError(
+        f"The student {type(student).__name__} does not run ({'; '.join(problems)}); pass input_size= in pixels, or data=."
+    )
+
+
+def _check_classes(student: Tapped, teacher: Teacher | None, num_classes: int | None) -> None:
+    if num_classes is not None and student.num_classes != num_classes:
+        raise OptionError(
+            f"The student {type(student.module).__name__} has {student.num_classes} classes and num_classes is {num_classes}; "
+            "make them equal."
+        )
+    if teacher is not None and teacher.num_classes != student.num_classes:
+        raise OptionError(
+            f"The teacher {type(teacher.module).__name__} has {teacher.num_classes} classes and the student "
+            f"{type(student.module).__name__} has {student.num_classes}; they must agree."
+        )

@@ -1,0 +1,138 @@
+"""Several distillers over one student and one trace: ``"crd+kd"``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from distillzoo.distiller import Distiller
+from distillzoo.errors import OptionError, UnsupportedPairError
+from distillzoo.schedules import Weight
+from distillzoo.taps import Tapped, Teacher
+from distillzoo.types import Batch, DataSpec, Loader, Phase, Requires, Trace
+
+__all__ = ["Composition", "Maker"]
+
+Maker = Callable[[Tapped, "Teacher | None", DataSpec], Distiller]
+"""Makes one member on the shared student and teacher."""
+
+
+class Composition(Distiller):
+    """The sum of several distillers: their terms as ``member.term``, cross-entropy once.
+
+    ``ce`` weighs 1, whatever the members' own weight of it; a member's terms keep their weights, but for those that the member
+    lists in ``composed_weights`` (KD's weighs 1: RepDistiller's "+KD" rows).
+
+    Args:
+        student: The student with its taps.
+        teacher: The teacher with its taps.
+        data: What may be known about the data.
+        makers: What makes each member, by name, in order.
+        weights: Weights by term (``"crd.contrast"``) that override the members'.
+        seed: Seed of every draw.
+
+    Raises:
+        OptionError: If there are fewer than two members.
+        UnsupportedPairError: If two members restructure the student or override ``predict``.
+    """
+
+    requires = Requires(teacher=False)  # the members say; the constructor joins their answers
+
+    def __init__(
+        self,
+        student: Tapped,
+        teacher: Teacher | None,
+        data: DataSpec,
+        *,
+        makers: Mapping[str, Maker],
+        weights: Mapping[str, Weight] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if len(makers) < 2:
+            raise OptionError(f"A composition needs at least two members; got {', '.join(makers) or 'none'}.")
+        super().__init__(student, teacher, data, seed=seed)
+        members: dict[str, Distiller] = {}
+        singular: list[str] = []
+        for name, maker in makers.items():
+            before = len(student.restructured)
+            members[name] = member = maker(student, teacher, data)
+            if len(student.restructured) > before or type(member).predict is not Distiller.predict:
+                singular.append(name)
+        if len(singular) > 1:
+            raise UnsupportedPairError(
+                f"{' and '.join(singular)} each restructure the student or predict in their own way; compose with one of them only."
+            )
+        self.members = nn.ModuleDict(dict(members))
+        self._singular = singular[0] if singular else None
+        self.requires = _join([member.requires for member in members.values()])
+        joined: dict[str, Weight] = {"ce": 1.0}
+        for name, member in members.items():
+            own = {**member.weights, **member.composed_weights}
+            joined |= {f"{name}.{term}": weight for term, weight in own.items() if term != "ce"}
+        self._set_weights(joined)
+        if weights is not None:
+            self.override_weights(weights)
+
+    def parts(self) -> Sequence[Distiller]:
+        """Return the members in order."""
+        return tuple(self._named().values())
+
+    def _named(self) -> dict[str, Distiller]:
+        return {name: member for name, member in self.members.items() if isinstance(member, Distiller)}
+
+    def distill_terms(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+        """Return every member's terms under ``member.term``."""
+        return {
+            f"{name}.{term}": value
+            for name, member in self._named().items()
+            for term, value in member.distill_terms(student, teacher, batch).items()
+        }
+
+    def phases(self) -> Sequence[Phase]:
+        """Return the members' first phases one after the other, then the main one."""
+        phases = [
+            Phase(
+                f"{name}.{phase.name}",
+                phase.epochs,
+                None if phase.trainable is None else tuple(self._outer(name, pattern) for pattern in phase.trainable),
+                None if phase.terms is None else tuple(t if t == "ce" else f"{name}.{t}" for t in phase.terms),
+            )
+            for name, member in self._named().items()
+            for phase in member.phases()
+            if phase.name != "main"
+        ]
+        return (*phases, Phase())
+
+    @staticmethod
+    def _outer(name: str, pattern: str) -> str:
+        return pattern if pattern.startswith("student.") else f"members.{name}.{pattern}"
+
+    def prepare(self, loader: Loader) -> None:
+        """Let every member gather its statistics."""
+        for member in self.parts():
+            member.prepare(loader)
+
+    def after_step(self) -> None:
+        """Let every member do what comes after a step."""
+        for member in self.parts():
+            member.after_step()
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Predict as the one member that restructures the student or predicts in its own way, if there is one."""
+        return super().predict(images) if self._singular is None else self._named()[self._singular].predict(images)
+
+    def export_student(self) -> nn.Module:
+        """Export as the one member that restructures the student or predicts in its own way, if there is one."""
+        return super().export_student() if self._singular is None else self._named()[self._singular].export_student()
+
+
+def _join(needs: Sequence[Requires]) -> Requires:
+    return Requires(
+        student_taps=tuple(dict.fromkeys(tap for need in needs for tap in need.student_taps)),
+        teacher_taps=tuple(dict.fromkeys(tap for need in needs for tap in need.teacher_taps)),
+        index=any(need.index for need in needs),
+        second_view=any(need.second_view for need in needs),
+        hard_labels=any(need.hard_labels for need in needs),
+        teacher=any(need.teacher for need in needs),
+    )

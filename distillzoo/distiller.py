@@ -1,0 +1,336 @@
+"""The contract between a method and the loop: :class:`Distiller`, one hook to write, four methods final."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal, Self, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distillzoo.errors import OptionError, ShapeError, TapError, UnsupportedPairError, unknown_name
+from distillzoo.schedules import Schedule, Weight, as_schedule
+from distillzoo.streams import Stream, draw_seed
+from distillzoo.taps import Tapped, Teacher, pair_from_deep_end, remove_hooks
+from distillzoo.types import Batch, DataSpec, Loader, ParamGroup, Phase, Progress, Requires, StepOutput, Trace
+
+__all__ = ["Distiller"]
+
+_FINAL = ("forward", "set_progress", "param_groups", "train")
+_KINDS: tuple[Literal["weight", "norm_bias", "exempt"], ...] = ("weight", "norm_bias", "exempt")
+
+
+class Distiller(nn.Module, ABC):
+    """A student, its teacher, and one way to teach.
+
+    A method writes :meth:`distill_terms`, sets ``requires``, and makes its adapters in its constructor from measured shapes.
+    The rest has defaults. What it needs from the loop it declares; the loop never asks which method it is running.
+
+    Args:
+        student: The student with its taps; a method may restructure it before it returns from its constructor.
+        teacher: The teacher with its taps; ``None`` for self-distillation.
+        data: What may be known about the data.
+        weights: Weights by term that override the method's defaults, or the name of one of ``weight_presets``.
+        seed: Seed of every draw; ``None`` draws one from torch's global generator.
+
+    Attributes:
+        weight_presets: Default weights by name of a setting; the first is the default.
+        composed_weights: Weights that differ when the method is part of a composition such as ``"crd+kd"``.
+        exempt_from_decay: Patterns of parameter names that are never decayed.
+        requires: What the method needs from the loop; set on the instance where options decide.
+        student_net: The student with its taps.
+        teacher_net: The teacher with its taps; no child module, so absent from state, optimiser and checkpoints.
+
+    Raises:
+        OptionError: If a weight names no term, or a value is out of range.
+        UnsupportedPairError: If the method needs a teacher and there is none.
+    """
+
+    weight_presets: ClassVar[Mapping[str, Mapping[str, Weight]]] = {"default": {"ce": 1.0}}
+    composed_weights: ClassVar[Mapping[str, Weight]] = {}
+    exempt_from_decay: ClassVar[tuple[str, ...]] = ()
+    requires: Requires = Requires()
+    step: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        taken = [name for name in _FINAL if name in vars(cls)]
+        if taken:
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(taken)}, which Distiller keeps final; write distill_terms instead."
+            )
+
+    def __init__(
+        self,
+        student: Tapped,
+        teacher: Teacher | None,
+        data: DataSpec,
+        *,
+        weights: Mapping[str, Weight] | str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if teacher is None and self.requires.teacher:
+            raise UnsupportedPairError(f"{type(self).__name__} needs a teacher and got none; pass one to build_distiller.")
+        self.student_net = student
+        self.teacher_net = teacher
+        self.data = data
+        self.seed = draw_seed(seed)
+        if student.claim():
+            self.student = student.module
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._set_weights(self.default_weights(weights if isinstance(weights, str) else None))
+        if weights is not None and not isinstance(weights, str):
+            self.override_weights(weights)
+
+    # ------------------------------------------------------------------ to write, or to leave as they are
+
+    @abstractmethod
+    def distill_terms(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+        """Return the method's unweighted scalar terms by name, cross-entropy not among them.
+
+        Args:
+            student: The student's logits and the taps that ``requires.student_taps`` names.
+            teacher: The teacher's, without gradients; ``None`` if there is no teacher.
+            batch: Images, targets and what else ``requires`` asks for.
+        """
+
+    def phases(self) -> Sequence[Phase]:
+        """Return the phases of training; the last is the main one. Default: the main phase alone."""
+        return (Phase(),)
+
+    def prepare(self, loader: Loader) -> None:
+        """Gather statistics before training (class means, margins); trains nothing. Default: nothing."""
+
+    def after_step(self) -> None:
+        """Do what comes after ``optimizer.step()`` (memory banks). Default: nothing."""
+
+    def parts(self) -> Sequence[Distiller]:
+        """Return the distillers that this one is made of (child modules); their steps advance with it. Default: none."""
+        return ()
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Return the logits that are evaluated, ``(B, num_classes)``; ``export_student()(images)`` must equal them."""
+        logits: Tensor = self.student_net.module(images)
+        return logits
+
+    def export_student(self) -> nn.Module:
+        """Return a copy of the plain student, without hooks; training can go on."""
+        return remove_hooks(copy.deepcopy(self.student_net.module))
+
+    # ------------------------------------------------------------------ final
+
+    @final  # type: ignore[misc]  # nn.Module declares forward as a writable attribute
+    def forward(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        *,
+        index: Tensor | None = None,
+        second_view: Tensor | None = None,
+        teacher: Trace | None = None,
+    ) -> StepOutput:
+        """Run student and teacher on a batch and return the weighted loss with its named parts.
+
+        Args:
+            images: ``(B, C, H, W)`` normalised images.
+            targets: ``(B,)`` labels or ``(B, num_classes)`` probabilities.
+            index: ``(B,)`` data-set indices, for methods that require them.
+            second_view: ``(B, C, H, W)``, for methods that require it.
+            teacher: The teacher's trace of the same batch; without one the distiller runs its own teacher.
+        Raises:
+            OptionError: If something that the method requires is missing.
+            ShapeError: If images and targets do not fit.
+            TapError: If the given trace lacks a tap.
+        """
+        batch = Batch(images, targets, index, second_view)
+        self._check_batch(batch)
+        student = self.student_net(images)
+        if second_view is not None and self.requires.second_view:
+            student = Trace(student.logits, student.features, self.student_net(second_view))
+        if teacher is None and self.teacher_net is not None and self.requires.teacher:
+            teacher = self.teacher_net.trace(batch)
+        self._check_trace(teacher)
+        with torch.autocast(images.device.type, enabled=False):
+            student, teacher = _full_precision(student), None if teacher is None else _full_precision(teacher)
+            terms = {"ce": F.cross_entropy(student.logits, targets)}
+            terms.update(self.distill_terms(student, teacher, batch))
+            loss, weights = self._weigh(terms)
+        if self.training:
+            for distiller in self._distillers():
+                distiller.step.add_(1)
+        return StepOutput(student.logits, loss, terms, weights)
+
+    @final
+    def set_progress(self, progress: Progress) -> None:
+        """Tell the distiller where training stands: sets ``step`` and the weights' current values, without a host sync."""
+        phase = next((phase for phase in self.phases() if phase.name == progress.phase), Phase())
+        for distiller in self._distillers():
+            distiller.step.fill_(progress.step)
+        self._fill_weights(
+            [
+                schedule(progress) if phase.terms is None or name in phase.terms else 0.0
+                for name, schedule in self._schedules.items()
+            ]
+        )
+
+    @final
+    def param_groups(self) -> list[ParamGroup]:
+        """Return every trainable tensor once, grouped by owner (student, adapters) and kind (weight, norm_bias, exempt)."""
+        own = {id(parameter) for parameter in self.student_net.module.parameters()}
+        exempt = [
+            f"{prefix}.{pattern}" if prefix else pattern
+            for prefix, module in self.named_modules()
+            if isinstance(module, Distiller)
+            for pattern in module.exempt_from_decay
+        ]
+        sorted_: dict[tuple[Literal["student", "adapters"], str], dict[str, nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            owner: Literal["student", "adapters"] = "student" if id(parameter) in own else "adapters"
+            kind = "norm_bias" if parameter.ndim <= 1 else "weight"
+            if any(fnmatchcase(name, pattern) for pattern in exempt):
+                kind = "exempt"
+            sorted_.setdefault((owner, kind), {})[name] = parameter
+        return [
+            ParamGroup(owner, kind, tuple(found.values()), tuple(found))
+            for owner in ("student", "adapters")
+            for kind in _KINDS
+            if (found := sorted_.get((owner, kind)))
+        ]
+
+    @final
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode of student and adapters; the teacher stays in eval."""
+        super().train(mode)
+        if self.teacher_net is not None:
+            self.teacher_net.module.eval()
+        return self
+
+    # ------------------------------------------------------------------ for methods
+
+    @property
+    def weights(self) -> dict[str, Schedule]:
+        """The schedule of every term's weight, ``ce`` first."""
+        return dict(self._schedules)
+
+    def stream(self, name: str) -> Stream:
+        """Return the method's own stream of draws, a pure function of the seed, the class and ``name``."""
+        return Stream.named(self.seed, type(self).__name__, name)
+
+    def stage_pairs(self, student: str = "stages", teacher: str = "stages") -> tuple[tuple[str, str], ...]:
+        """Pair taps of student and teacher one to one from the deep end: names into the traces' features."""
+        pairs = pair_from_deep_end(self.student_net.names(student), self._teacher().names(teacher))
+        if not pairs:
+            raise UnsupportedPairError(
+                f"{type(self).__name__} reads feature maps, and student or teacher has no stages (an ensemble has none); "
+                "name stages with taps=, or use a method that reads logits alone (kd)."
+            )
+        return pairs
+
+    def default_weights(self, preset: str | None = None) -> dict[str, Weight]:
+        """Return the weights of a preset, ``ce`` first; the first preset where none is named.
+
+        Raises:
+            OptionError: If there is no such preset.
+        """
+        if preset is not None and preset not in self.weight_presets:
+            raise OptionError(
+                unknown_name(f"weight preset of {type(self).__name__}", preset, self.weight_presets, listed="Allowed")
+            )
+        chosen = self.weight_presets[preset or next(iter(self.weight_presets))]
+        return {"ce": chosen.get("ce", 1.0), **{name: weight for name, weight in chosen.items() if name != "ce"}}
+
+    def override_weights(self, weights: Mapping[str, Weight]) -> None:
+        """Replace some of the weights.
+
+        Raises:
+            OptionError: If a name is no term of this method.
+        """
+        for name in weights:
+            if name not in self._schedules:
+                raise OptionError(unknown_name(f"term of {type(self).__name__}", name, self._schedules, listed="Its terms are"))
+        self._set_weights({**self._schedules, **weights})
+
+    # ------------------------------------------------------------------ inside
+
+    def _teacher(self) -> Teacher:
+        if self.teacher_net is None:
+            raise UnsupportedPairError(f"{type(self).__name__} needs a teacher and has none; pass one to build_distiller.")
+        return self.teacher_net
+
+    def _distillers(self) -> Iterator[Distiller]:
+        yield self
+        for part in self.parts():
+            yield from part._distillers()
+
+    def _set_weights(self, weights: Mapping[str, Weight]) -> None:
+        self._schedules = {name: as_schedule(weight, name) for name, weight in weights.items()}
+        self._current: list[float] = []
+        # Not a buffer: a cast of the module must not round weights, and they follow from progress at resume.
+        self._weight_values = torch.zeros(len(weights), dtype=torch.float64, device=self.step.device)
+        self._fill_weights([schedule.final() for schedule in self._schedules.values()])
+
+    def _fill_weights(self, values: list[float]) -> None:
+        if values != self._current:
+            self._current = values
+            self._weight_values.copy_(torch.tensor(values, dtype=torch.float64), non_blocking=True)
+            self._silent = {name for name, value in zip(self._schedules, values, strict=True) if value == 0.0}
+
+    def _weigh(self, terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if terms.keys() != self._schedules.keys():
+            raise OptionError(
+                f"{type(self).__name__} returned the terms {sorted(terms)} but has weights for {sorted(self._schedules)}; "
+                "both must name the same terms."
+            )
+        weights = dict(zip(self._schedules, self._weight_values.unbind(), strict=True))
+        # A term of weight 0 is left out, not multiplied: 0 * inf would poison the sum.
+        parts = [weights[name].to(term.dtype) * term for name, term in terms.items() if name not in self._silent]
+        return (torch.stack(parts).sum() if parts else terms["ce"] * 0.0), weights
+
+    def _check_batch(self, batch: Batch) -> None:
+        name = type(self).__name__
+        if batch.images.ndim != 4 or not len(batch.images):
+            raise ShapeError(f"images must be (B, C, H, W) with B at least 1; got {tuple(batch.images.shape)}.")
+        if batch.targets.ndim not in (1, 2) or len(batch.targets) != len(batch.images):
+            raise ShapeError(
+                f"targets must be (B,) labels or (B, num_classes) probabilities with B = {len(batch.images)}; "
+                f"got {tuple(batch.targets.shape)}."
+            )
+        if self.requires.hard_labels and batch.targets.ndim != 1:
+            raise OptionError(f"{name} needs class numbers; got soft targets {tuple(batch.targets.shape)}: switch mixing off.")
+        if self.requires.index and batch.index is None:
+            raise OptionError(f"{name} needs index=: the (B,) positions of the samples in the training set.")
+        if self.requires.second_view and batch.second_view is None:
+            raise OptionError(f"{name} needs second_view=: another augmentation of the same images.")
+
+    def _check_trace(self, teacher: Trace | None) -> None:
+        if not self.requires.teacher or self.teacher_net is None:
+            return
+        if teacher is None:
+            raise OptionError(f"{type(self).__name__} got no teacher trace and has no teacher to make one.")
+        missing = [name for name in self.teacher_net.names(*self.requires.teacher_taps) if name not in teacher.features]
+        if missing:
+            raise TapError(f"The teacher's trace lacks {', '.join(missing)}; request them: teacher.request({missing[0]!r}, ...).")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.teacher_net is not None:
+            self.teacher_net.module._apply(fn)  # type: ignore[no-untyped-call]
+        self._weight_values = self._weight_values.to(self.step.device)
+        return self
+
+
+def _full_precision(trace: Trace) -> Trace:
+    """Half types as float32; float32 and float64 as they are."""
+    second = None if trace.second is None else _full_precision(trace.second)
+    return Trace(_float(trace.logits), {name: _float(value) for name, value in trace.features.items()}, second)
+
+
+def _float(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

@@ -1,0 +1,328 @@
+"""Run a network and read named features from it, without changing its ``forward``.
+
+:class:`Tapped` wraps a plain classifier: it knows the network's stages (:mod:`distillzoo.stages`), their measured shapes, and
+returns a :class:`~distillzoo.types.Trace` of the taps that were requested. Names are ours, paths are the network's::
+
+    stage1 .. stageN    output of a stage, (B, C, H, W), whatever layout the network uses inside
+    stageN.pre          the same before its activation (the output again, where the stage ends without one)
+    pooled              what the classifier reads, (B, D)
+
+Groups stand for several: ``stages``, ``stages.pre``, ``last``, ``last.pre``. Hooks are objects of a top-level class, registered
+on the bare module by path; they record only while their own :class:`Tapped` runs the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillzoo.errors import OptionError, ShapeError, TapError, near_matches
+from distillzoo.stages import Probe, classifier_input, find_stages, resolve_stages, split_path, to_features
+from distillzoo.types import Batch, DataSpec, Layout, Stage, Trace
+
+__all__ = ["Tapped", "Teacher", "pair_from_deep_end", "remove_hooks"]
+
+
+class _Recorder:
+    """What the hooks of one :class:`Tapped` write to, during its own passes only."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.values: dict[str, Tensor] = {}
+        self.versions: dict[str, int] = {}
+
+    def start(self) -> None:
+        self.values, self.versions, self.active = {}, {}, True
+
+    def stop(self) -> None:
+        self.values, self.versions, self.active = {}, {}, False
+
+    def record(self, name: str, value: Any, clone: bool) -> None:
+        if isinstance(value, tuple | list):
+            value = next((item for item in value if isinstance(item, Tensor)), None)
+        if not isinstance(value, Tensor):
+            raise TapError(f"The tap {name!r} saw a {type(value).__name__}; a tap needs a module that takes or returns one tensor.")
+        self.values[name] = value.clone() if clone else value
+        if not torch.compiler.is_compiling():
+            self.versions[name] = self.values[name]._version
+
+
+class _Hook:
+    """Forward hook or forward pre-hook that hands one tensor to a recorder."""
+
+    def __init__(self, recorder: _Recorder, name: str, *, clone: bool) -> None:
+        self.recorder = recorder
+        self.name = name
+        self.clone = clone
+
+
+class _OutputHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
+        if self.recorder.active:
+            self.recorder.record(self.name, output, self.clone)
+
+
+class _InputHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
+        if self.recorder.active:
+            self.recorder.record(self.name, args[0] if args else None, self.clone)
+
+
+class Tapped:
+    """A network with named taps.
+
+    Args:
+        module: A plain classifier: ``forward(images) -> (B, num_classes)``.
+        data: Size and channels of the images of the dry batch that measures shapes (in eval mode, buffers untouched).
+        stages: Stages, or tap paths, shallow to deep, in place of those found; a mapping names any taps, ``pooled`` among them.
+        role: ``"student"`` or ``"teacher"``, for messages.
+
+    Attributes:
+        module: The network.
+        stages: Its stages, shallow to deep.
+        shapes: Shape of every tap as it is handed out, without the batch dimension: ``(C, H, W)`` or ``(D,)``.
+        num_classes: Width of the logits.
+        restructured: Paths of the modules that a method has replaced.
+
+    Raises:
+        TapError: If a tap does not exist or was not reached.
+        ShapeError: If the network does not return ``(B, num_classes)`` logits.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        data: DataSpec,
+        *,
+        stages: Sequence[Stage | str] | Mapping[str, Stage | str] | None = None,
+        role: str = "student",
+    ) -> None:
+        self.module = module
+        self.role = role
+        self.restructured: list[str] = []
+        self._claimed = False
+        self._recorder = _Recorder()
+        self._clones: set[str] = set()
+        self._requested: dict[str, None] = {}
+        probe = Probe(module, data)
+        extra: dict[str, Stage] = {}
+        if stages is None:
+            self.stages = find_stages(module, probe)
+        else:
+            self.stages, extra = resolve_stages(module, stages)
+        self._taps = self._table(extra, None if "pooled" in extra else classifier_input(module, probe))
+        self._measure(probe)
+
+    def _table(self, extra: Mapping[str, Stage], pooled: str | None) -> dict[str, tuple[str, Layout]]:
+        taps: dict[str, tuple[str, Layout]] = {}
+        for number, stage in enumerate(self.stages, 1):
+            taps[f"stage{number}"] = (stage.path, stage.layout)
+            taps[f"stage{number}.pre"] = (stage.pre or stage.path, stage.layout)
+        taps |= {name: (stage.path, stage.layout) for name, stage in extra.items()}
+        if pooled is not None:
+            taps["pooled"] = (pooled, "vector")
+        return taps
+
+    def _measure(self, probe: Probe) -> None:
+        """Run the dry batch with every tap: shapes, and which tensors are overwritten in place and must be cloned."""
+        with self._hooked(self._taps), probe.evaluating():
+            self._recorder.start()
+            logits = self._run(probe.images)
+            values, versions = self._recorder.values, self._recorder.versions
+            self._clones = {name for name, value in values.items() if value._version != versions[name]}
+        self._recorder.stop()
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ShapeError(
+                f"The {self.role} {type(self.module).__name__} returned {shape} for images of shape {tuple(probe.images.shape)}; "
+                "a classifier must return logits of shape (B, num_classes). Wrap it in a module that does."
+            )
+        self.num_classes = int(logits.shape[1])
+        self._check_reached(values, self._taps)
+        prefix = int(getattr(self.module, "num_prefix_tokens", 0) or 0)
+        self._layouts = {name: probe.layout(values[name], layout, prefix) for name, (_, layout) in self._taps.items()}
+        self.shapes = {name: to_features(value, *self._layouts[name]).shape[1:] for name, value in values.items()}
+
+    @contextmanager
+    def _hooked(self, names: Iterable[str]) -> Iterator[None]:
+        handles = [self._attach(name) for name in names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _attach(self, name: str) -> torch.utils.hooks.RemovableHandle:
+        path, where = split_path(self._taps[name][0])
+        module = self.module.get_submodule(path)
+        if where == "input":
+            return module.register_forward_pre_hook(_InputHook(self._recorder, name, clone=name in self._clones))
+        return module.register_forward_hook(_OutputHook(self._recorder, name, clone=name in self._clones))
+
+    def names(self, *requested: str) -> tuple[str, ...]:
+        """Expand groups (``"stages"``, ``"stages.pre"``, ``"last"``, ``"last.pre"``) into names of taps, shallow to deep.
+
+        Raises:
+            TapError: If a name is no tap of this network; the nearest ones are named.
+        """
+        found: dict[str, None] = {}
+        for name in requested:
+            if name in ("stages", "stages.pre"):
+                found |= dict.fromkeys(f"stage{number}{name[6:]}" for number in range(1, len(self.stages) + 1))
+            elif name in ("last", "last.pre"):
+                found[f"stage{len(self.stages)}{name[4:]}"] = None
+            else:
+                found[name] = None
+        for name in found:
+            if name not in self._taps:
+                near = near_matches(name, self._taps) or sorted(self._taps)
+                hint = " Name the classifier's input with taps={...: {'pooled': 'path:input'}}." if name == "pooled" else ""
+                raise TapError(f"The {self.role} has no tap {name!r}; it has {', '.join(near)}.{hint}")
+        return tuple(found)
+
+    def request(self, *requested: str) -> tuple[str, ...]:
+        """Hook the taps, so that every later trace holds them; returns their names."""
+        names = self.names(*requested)
+        for name in names:
+            if name not in self._requested:
+                self._requested[name] = None
+                self._attach(name)
+        return names
+
+    def replace(self, path: str, module: nn.Module) -> None:
+        """Put ``module`` in the place of the submodule at ``path``, before any tap is requested; recorded in ``restructured``.
+
+        Raises:
+            TapError: If there is no such submodule.
+            OptionError: If taps are hooked already, which the new module would lose.
+        """
+        if self._requested:
+            raise OptionError(f"The {self.role} must be restructured before its taps are hooked; {path!r} came after.")
+        parent, _, child = path.rpartition(".")
+        self.submodule(path)
+        setattr(self.module.get_submodule(parent), child, module)
+        self.restructured.append(path)
+
+    def submodule(self, path: str) -> nn.Module:
+        """Return the submodule at ``path``.
+
+        Raises:
+            TapError: If there is none; the nearest paths are named.
+        """
+        return split_and_get(self.module, path)
+
+    def claim(self) -> bool:
+        """Return True to the first caller: whose child module the network is (the others share it)."""
+        claimed, self._claimed = self._claimed, True
+        return not claimed
+
+    def __call__(self, images: Tensor) -> Trace:
+        """Run the network on ``(B, C, H, W)`` images and return logits and the requested features."""
+        self._recorder.start()
+        try:
+            logits = self._run(images)
+            values = self._recorder.values
+            self._check_reached(values, self._requested)
+            if not torch.compiler.is_compiling():
+                self._check_not_overwritten(values)
+            features = {name: to_features(value, *self._layouts[name]) for name, value in values.items()}
+        finally:
+            self._recorder.stop()
+        return Trace(logits, features)
+
+    def _run(self, images: Tensor) -> Tensor:
+        result: Tensor = self.module(images)
+        return result
+
+    def _check_reached(self, values: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        missing = [name for name in names if name not in values]
+        if missing:
+            paths = ", ".join(f"{name} ({self._taps[name][0]})" for name in missing)
+            raise TapError(f"The {self.role}'s forward did not reach the taps {paths}; name modules that its forward calls.")
+
+    def _check_not_overwritten(self, values: Mapping[str, Tensor]) -> None:
+        for name, version in self._recorder.versions.items():
+            if values[name]._version != version:
+                raise TapError(
+                    f"The tap {name!r} ({self._taps[name][0]}) of the {self.role} was overwritten in place after it was read; "
+                    "switch the in-place operation that follows it off."
+                )
+
+
+class Teacher(Tapped):
+    """A frozen network: in eval mode, without gradients, its buffers untouched; shared by a deep copy of what holds it.
+
+    Args:
+        module: A plain classifier; its parameters stop requiring gradients.
+        data: As for :class:`Tapped`.
+        stages: As for :class:`Tapped`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        data: DataSpec,
+        *,
+        stages: Sequence[Stage | str] | Mapping[str, Stage | str] | None = None,
+    ) -> None:
+        module.requires_grad_(False)
+        module.eval()
+        super().__init__(module, data, stages=stages, role="teacher")
+
+    def trace(self, batch: Batch) -> Trace:
+        """Run the teacher on the batch, and on its second view where it has one."""
+        second = None if batch.second_view is None else self(batch.second_view)
+        first = self(batch.images)
+        return Trace(first.logits, first.features, second)
+
+    def _run(self, images: Tensor) -> Tensor:
+        if self.module.training:
+            self.module.eval()
+        with torch.no_grad():
+            result: Tensor = self.module(images)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        return self
+
+
+def split_and_get(module: nn.Module, path: str) -> nn.Module:
+    """Return the submodule that a module path or tap path names.
+
+    Raises:
+        TapError: If there is none; the nearest paths are named.
+    """
+    name = split_path(path)[0]
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        paths = [known for known, _ in module.named_modules() if known]
+        near = near_matches(name, paths, limit=5) or paths[:5]
+        raise TapError(
+            f"{type(module).__name__} has no module {name!r}; the nearest paths are {', '.join(near)}. "
+            "A tap is a module path, with ':input' after it for the module's input."
+        ) from None
+
+
+def remove_hooks(module: nn.Module) -> nn.Module:
+    """Remove this package's hooks from a module and all its children, in place."""
+    for child in module.modules():
+        for hooks in (child._forward_hooks, child._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+                del hooks[key]
+    return module
+
+
+def pair_from_deep_end(student: Sequence[str], teacher: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Pair two lists of taps one to one from the deep end; the longer list loses its shallow ones.
+
+    Example:
+        >>> pair_from_deep_end(["stage1", "stage2"], ["stage1", "stage2", "stage3"])
+        (('stage1', 'stage2'), ('stage2', 'stage3'))
+    """
+    count = min(len(student), len(teacher))
+    return tuple(zip(student[len(student) - count :], teacher[len(teacher) - count :], strict=True))
