@@ -1,1 +1,8 @@
-"""models."""
+"""Plain classifiers by name: this project's own networks, timm's and torchvision's."""
+
+from distillzoo.models import resnet as _resnet  # noqa: F401 - importing a family registers its networks
+from distillzoo.models.base import MODELS, Network, register_model
+from distillzoo.models.factory import create_model, list_models
+from distillzoo.models.weights import load_weights
+
+__all__ = ["MODELS", "Network", "create_model", "list_models", "load_weights", "register_model"]

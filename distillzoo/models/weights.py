@@ -1,0 +1,78 @@
+"""Read weights from a file into a network."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillzoo.errors import OptionError
+
+__all__ = ["load_weights"]
+
+_WRAPPERS = ("state_dict", "model", "student", "net")  # keys under which training scripts keep the weights
+_PREFIXES = ("module.", "_orig_mod.")  # left by data-parallel and compiled wrappers
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Load a state dict into a network, in place and strictly; returns the network.
+
+    Args:
+        model: The network.
+        path: A ``.safetensors`` file, or what :func:`torch.save` wrote: a state dict, or a dictionary that holds one under
+            ``state_dict`` or ``model``. Nothing but tensors and plain containers is ever unpickled.
+    Raises:
+        OptionError: If the file is missing, holds no state dict, or does not fit the network.
+    """
+    name = os.fspath(path)
+    state = _state_dict(_read(name), name)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise OptionError(f"The checkpoint {name!r} does not fit {type(model).__name__}: {_first_lines(error)}") from error
+    return model
+
+
+def _read(path: str) -> Any:
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise OptionError(
+            f"The checkpoint {path!r} cannot be read ({_first_lines(error)}); give a .safetensors file or one that torch.save "
+            "wrote, holding tensors only."
+        ) from error
+
+
+def _state_dict(found: Any, path: str) -> dict[str, Tensor]:
+    for key in _WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise OptionError(
+            f"The checkpoint {path!r} holds no state dict but {_described(found)}; save model.state_dict(), alone or under "
+            "'state_dict'."
+        )
+    state = {str(key): value for key, value in found.items()}
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _described(found: Any) -> str:
+    if isinstance(found, Mapping):
+        return f"a dictionary with the keys {', '.join(map(str, list(found)[:8])) or 'none'}"
+    return f"a {type(found).__name__}"
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__

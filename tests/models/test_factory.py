@@ -1,0 +1,162 @@
+"""Networks by name: three sources, near matches, refusals that say what to do."""
+
+import pytest
+import torch
+from torch import nn
+
+from distillzoo.errors import DistillZooError, OptionError, UnknownNameError
+from distillzoo.models import MODELS, create_model, list_models, register_model
+
+
+def test_ours_by_bare_name():
+    assert create_model("resnet8", num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_timm_by_name():
+    model = create_model("timm/resnet10t", num_classes=7)
+    assert model.get_classifier().out_features == 7
+
+
+def test_torchvision_by_name():
+    assert create_model("torchvision/shufflenet_v2_x0_5", num_classes=7).fc.out_features == 7
+
+
+def test_torchvision_tokens_are_announced():
+    assert create_model("torchvision/vit_b_32", num_classes=2).num_prefix_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("resnet8x5", ["resnet8x4", "Registered"]),
+        ("resnet26d", ["'timm/resnet26d'"]),
+        ("timm/swin_tiny_patch4_window7", ["'timm/swin_tiny_patch4_window7_224'", "list_models('timm/*')"]),
+        ("torchvision/swin_tiny", ["'torchvision/swin_t'", "list_models('torchvision/*')"]),
+        ("torchvision/fasterrcnn_resnet50_fpn", ["Unknown"]),
+    ],
+)
+def test_unknown_names_list_near_matches(name, parts):
+    with pytest.raises(UnknownNameError) as error:
+        create_model(name, num_classes=10)
+    for part in [*parts, name]:
+        assert part in str(error.value)
+    assert len(str(error.value)) < 1200
+
+
+@pytest.mark.parametrize("num_classes", [0, 1, -3, 2.0, True, "10", None])
+@pytest.mark.parametrize("name", ["resnet8", "timm/resnet18", "torchvision/resnet18"])
+def test_bad_num_classes(name, num_classes):
+    with pytest.raises(OptionError, match="num_classes must be an integer of at least 2; got"):
+        create_model(name, num_classes=num_classes)
+
+
+def test_ours_have_no_weights_to_download():
+    with pytest.raises(OptionError, match=r"No pretrained weights are shipped for 'resnet8'.*checkpoint_path"):
+        create_model("resnet8", num_classes=10, pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "timm/resnet18", "torchvision/resnet18"])
+def test_unknown_options_are_refused(name):
+    with pytest.raises(OptionError, match="widht"):
+        create_model(name, num_classes=10, widht=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("timm/resnet18", "timm.create_model"), ("torchvision/resnet18", "torchvision.models.get_model")]
+)
+def test_failed_downloads_name_the_alternative(name, target, monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(target, offline)
+    with pytest.raises(OptionError, match=r"Name or service not known.*checkpoint_path") as error:
+        create_model(name, num_classes=10, pretrained=True)
+    assert isinstance(error.value.__cause__, ConnectionError)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "squeezenet1_1", "mobilenet_v3_small", "vit_b_32"])
+def test_torchvision_weights_get_a_fresh_classifier(arch, monkeypatch):
+    import torchvision
+
+    build, asked = torchvision.models.get_model, []
+
+    def without_download(name, weights, **options):
+        asked.append(weights)
+        return build(name, weights=None, **options)
+
+    monkeypatch.setattr(torchvision.models, "get_model", without_download)
+    model = create_model(f"torchvision/{arch}", num_classes=11, pretrained=True).eval()
+    assert asked == ["DEFAULT"]
+    assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 11)
+
+
+def test_checkpoints_are_loaded_strictly(tmp_path):
+    source = create_model("resnet8", num_classes=10)
+    wrapped = {"state_dict": {f"module.{key}": value for key, value in source.state_dict().items()}, "epoch": 3}
+    for number, content in enumerate([source.state_dict(), wrapped, {"model": source.state_dict()}]):
+        torch.save(content, tmp_path / f"{number}.pt")
+        model = create_model("resnet8", num_classes=10, checkpoint_path=tmp_path / f"{number}.pt")
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in source.state_dict().items())
+    with pytest.raises(OptionError, match=r"does not fit ResNet.*fc\.weight"):
+        create_model("resnet8", num_classes=11, checkpoint_path=tmp_path / "0.pt")
+    with pytest.raises(OptionError, match="exclude each other"):
+        create_model("resnet8", num_classes=11, checkpoint_path=tmp_path / "0.pt", pretrained=True)
+
+
+def test_safetensors_and_foreign_checkpoints(tmp_path):
+    from safetensors.torch import save_file
+
+    for name in ("torchvision/shufflenet_v2_x0_5", "timm/resnet10t"):
+        source = create_model(name, num_classes=5)
+        save_file(source.state_dict(), tmp_path / "w.safetensors")
+        model = create_model(name, num_classes=5, checkpoint_path=tmp_path / "w.safetensors")
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in source.state_dict().items())
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "cannot be read"), (Malicious(), "cannot be read"), ({"epoch": 3}, "holds no state dict.*epoch")]
+)
+def test_files_that_are_no_checkpoint(content, reason, tmp_path, capsys):
+    path = tmp_path / "w.pt"
+    if content is not None:
+        torch.save(content, path)
+    with pytest.raises(OptionError, match=reason):
+        create_model("resnet8", num_classes=10, checkpoint_path=path)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_timm_names_a_checkpoint_that_does_not_fit(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(OptionError, match="checkpoint"):
+        create_model("timm/resnet10t", num_classes=10, checkpoint_path=tmp_path / "w.pt")
+
+
+def test_listing():
+    everything = list_models()
+    assert everything[: len(MODELS)] == sorted(MODELS)
+    assert list_models("resnet8*") == ["resnet8", "resnet8x4"]
+    assert "timm/resnet18" in everything
+    foreign = list_models("*swin_t*")
+    assert "torchvision/swin_t" in foreign
+    assert "timm/swin_tiny_patch4_window7_224" in foreign
+    assert list_models("nothing-like-this") == []
+
+
+def test_users_register_their_own():
+    @register_model("example_linear")
+    class Linear(nn.Module):
+        def __init__(self, num_classes, width=3):
+            super().__init__()
+            self.fc = nn.Linear(width, num_classes)
+
+    try:
+        assert create_model("example_linear", num_classes=4, width=5).fc.in_features == 5
+        with pytest.raises(DistillZooError, match="taken"):
+            register_model("example_linear")(nn.Module)
+    finally:
+        del MODELS._items["example_linear"]
