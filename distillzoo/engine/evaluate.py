@@ -1,0 +1,68 @@
+"""Top-1 accuracy and cross-entropy of several predictors on the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distillzoo.engine.config import TrainConfig
+from distillzoo.types import Loader
+
+__all__ = ["evaluate", "evaluate_all"]
+
+Predictor = Callable[[Tensor], Tensor]
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """Return the autocast context of a configuration (switched off for float32)."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
+
+
+@torch.no_grad()
+def evaluate_all(
+    predictors: Mapping[str, Predictor], loader: Loader, config: TrainConfig, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """Evaluate several predictors on the same batches.
+
+    Args:
+        predictors: Functions from images to logits by name; networks must be in eval mode.
+        loader: The evaluation images, in order and without augmentation.
+        config: Whose precision is used.
+        device: Where the sums are kept; they reach the host once.
+    Returns:
+        By name: top-1 accuracy in per cent, and mean cross-entropy.
+    """
+    sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in predictors}
+    count = 0
+    for batch in loader.epoch(0):
+        count += len(batch.images)
+        for name, predict in predictors.items():
+            with autocast(config, device):
+                logits = predict(batch.images)
+            logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+            correct = (logits.argmax(1) == batch.targets).sum()
+            sums[name] += torch.stack([correct.double(), F.cross_entropy(logits, batch.targets, reduction="sum").double()])
+    figures = {name: value.tolist() for name, value in sums.items()}
+    return {name: (100.0 * correct / count, loss / count) for name, (correct, loss) in figures.items()}
+
+
+def evaluate(module: torch.nn.Module, loader: Loader, config: TrainConfig, device: torch.device) -> tuple[float, float]:
+    """Evaluate one network in eval mode; its training flag is put back.
+
+    Args:
+        module: A classifier on ``device``.
+        loader: The evaluation images.
+        config: Whose precision is used.
+        device: The device.
+    Returns:
+        Top-1 accuracy in per cent, and mean cross-entropy.
+    """
+    training = module.training
+    module.eval()
+    try:
+        return evaluate_all({"module": module}, loader, config, device)["module"]
+    finally:
+        module.train(training)
