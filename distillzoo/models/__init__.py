@@ -1,6 +1,6 @@
 """Plain classifiers by name: this project's own networks, timm's and torchvision's."""
 
-from distillzoo.models import resnet as _resnet  # noqa: F401 - importing a family registers its networks
+from distillzoo.models import mobilenetv2, resnet, shufflenetv1, shufflenetv2, tiny, vgg, wrn  # noqa: F401 - this registers them
 from distillzoo.models.base import MODELS, Network, register_model
 from distillzoo.models.factory import create_model, list_models
 from distillzoo.models.weights import load_weights

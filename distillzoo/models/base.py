@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from distillzoo.errors import OptionError
 from distillzoo.registry import Registry
 from distillzoo.types import Stage
 
-__all__ = ["MODELS", "ModelBuilder", "Network", "check_count", "initialise", "register_model"]
+__all__ = ["MODELS", "ChannelShuffle", "ModelBuilder", "Network", "check_count", "initialise", "register_model"]
 
 ModelBuilder = Callable[..., nn.Module]
 """What a model name stands for: called with ``num_classes`` and the model's own options, returns a classifier."""
@@ -55,7 +55,7 @@ class Network(nn.Module, ABC):
         OptionError: If a number is out of range.
     """
 
-    input_size: ClassVar[tuple[int, int]] = (32, 32)
+    input_size: tuple[int, int] = (32, 32)
     """Height and width that the network was designed for, in pixels; others work as well."""
 
     classifier_path: ClassVar[str] = "fc"
@@ -93,3 +93,25 @@ def initialise(network: nn.Module, *, linear_std: float | None = None, zero_line
                 nn.init.normal_(module.weight, std=linear_std)
             if zero_linear_bias:
                 nn.init.zeros_(module.bias)
+
+
+class ChannelShuffle(nn.Module):
+    """Interleave the channels of ``groups`` equal groups: channel ``j`` of group ``i`` goes to position ``j * groups + i``.
+
+    Args:
+        groups: Number of groups, a divisor of the number of channels.
+    """
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` to the same shape."""
+        batch, channels, height, width = x.shape
+        grouped = x.view(batch, self.groups, channels // self.groups, height, width)
+        return grouped.transpose(1, 2).reshape(batch, channels, height, width)
+
+    def extra_repr(self) -> str:
+        """Return what the module's representation shows in brackets."""
+        return f"groups={self.groups}"

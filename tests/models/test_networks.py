@@ -9,7 +9,8 @@ from torch import nn
 from distillzoo.models import MODELS, Network, create_model
 from distillzoo.models.base import check_count
 
-THREE, THREE_X4 = "16x32 32x16 64x8", "64x32 128x16 256x8"
+THREE, THREE_X2, THREE_X4 = "16x32 32x16 64x8", "32x32 64x16 128x8", "64x32 128x16 256x8"
+VGG = "128x16 256x8 512x4 512x4"
 # name: parameters with 100 classes, million multiplications at 3x32x32, stages (channels x size), pooled width
 TABLE = {
     "resnet8": (83_892, 12.51, THREE, 64),
@@ -23,6 +24,18 @@ TABLE = {
     "resnet32x4": (7_433_860, 1083.04, THREE_X4, 256),
     "resnet18": (11_220_132, 555.47, "64x32 128x16 256x8 512x4", 512),
     "resnet50": (23_705_252, 1298.01, "256x32 512x16 1024x8 2048x4", 2048),
+    "wrn_16_1": (180_916, 26.66, THREE, 64),
+    "wrn_16_2": (703_284, 101.12, THREE_X2, 128),
+    "wrn_40_1": (569_780, 83.29, THREE, 64),
+    "wrn_40_2": (2_255_156, 327.61, THREE_X2, 128),
+    "vgg8": (3_965_028, 96.19, VGG, 512),
+    "vgg11": (9_277_284, 209.44, VGG, 512),
+    "vgg13": (9_462_180, 284.94, VGG, 512),
+    "vgg16": (14_774_436, 398.18, VGG, 512),
+    "vgg19": (20_086_692, 511.43, VGG, 512),
+    "mobilenetv2": (812_836, 6.52, "12x16 16x8 48x4 160x2", 1280),
+    "shufflenetv1": (949_258, 38.69, "240x16 480x8 960x4", 960),
+    "shufflenetv2": (1_355_528, 44.50, "116x16 232x8 464x4", 1024),
 }
 RECTIFIED = [name for name in TABLE if name.startswith(("resnet", "vgg", "shufflenetv1"))]
 
@@ -77,10 +90,10 @@ def test_norm_reads_what_the_linear_op_returns(model, read_taps):
         assert taps[linear] is taps[norm]
 
 
-def test_rectified_stages_are_the_relu_of_their_pre_activation(model, read_taps):
-    name, network = model
-    if name not in RECTIFIED:
-        pytest.skip("its stages do not end with a rectification")
+@pytest.mark.parametrize("name", RECTIFIED)
+def test_rectified_stages_are_the_relu_of_their_pre_activation(name, read_taps):
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=100).eval()
     _, taps = read_taps(network, images(), [p for s in network.stages for p in (s.path, s.pre)])
     for stage in network.stages:
         before, after = taps[stage.pre], taps[stage.path]
@@ -143,7 +156,7 @@ def test_deep_copies_agree_and_share_nothing(model):
     assert ours.isdisjoint(p.data_ptr() for p in twin.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet8"])
+@pytest.mark.parametrize("name", ["resnet8", "shufflenetv1", "tinycnn_8"])
 def test_compiles_without_graph_breaks(name):
     network = create_model(name, num_classes=4).eval()
     compiled = torch.compile(network, fullgraph=True, backend="eager")
@@ -163,7 +176,8 @@ def test_convolutions_start_by_the_rule_of_he():
 
 def test_every_builder_makes_a_network_that_declares_itself():
     for name in TABLE:
-        assert issubclass(MODELS[name].func, Network)
+        builder = MODELS[name]
+        assert issubclass(getattr(builder, "func", builder), Network)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "3"])
