@@ -37,7 +37,8 @@ def make_optimizer(distiller: Distiller, config: TrainConfig, phase: Phase) -> S
         raise OptionError(
             f"The phase {phase.name!r} of {type(distiller).__name__} trains nothing: no parameter matches {phase.trainable}."
         )
-    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    # One kernel for all tensors: the same update, and measurably faster on CPU and GPU.
+    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
 
 
 def make_scheduler(optimizer: SGD, config: TrainConfig, *, epochs: int, steps_per_epoch: int) -> LRScheduler:
