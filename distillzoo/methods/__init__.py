@@ -1,5 +1,5 @@
 """One paper, one file: the pure loss on top, the distiller below. Importing this package registers them."""
 
-from distillzoo.methods import kd, vanilla
+from distillzoo.methods import at, fitnet, kd, vanilla, vid
 
-__all__ = ["kd", "vanilla"]
+__all__ = ["at", "fitnet", "kd", "vanilla", "vid"]
