@@ -1,0 +1,133 @@
+"""The documentation tells the truth: its code runs, its commands stand once, every method names its source."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from docutils.core import publish_doctree
+from docutils.utils import SystemMessage
+
+from distillzoo.distiller import Distiller
+from distillzoo.registry import DISTILLERS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.rst", *sorted((ROOT / "docs" / "guide").glob("*.rst"))]
+PLAIN = ["README.rst", "CHANGELOG.rst", "CONTRIBUTING.rst"]
+COMMANDS = (
+    'pip install -e ".[benchmarks]" && python benchmarks/run_table.py',
+    'pip install -e ".[test]" && python -m pytest',
+)
+OURS = {name: method for name, method in DISTILLERS.items() if method.__module__.startswith("distillzoo.")}
+
+
+MACHINE = re.compile(r"(?<![\w.$}~/])/(?:work|home|root|Users|mnt)/\w")
+BESIDE = re.compile(r"\.\./shared\b|(?<![\w/])shared/(?=[a-z])")
+
+
+def matches(path: Path, pattern: re.Pattern[str]) -> list[str]:
+    """The lines of a text file that match, as ``file:line: text``."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        return []  # binary
+    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return [f"{where}:{number}: {line.strip()[:120]}" for number, line in enumerate(lines, 1) if pattern.search(line)]
+
+
+def python_blocks(text: str) -> list[tuple[int, str]]:
+    """The Python code of a page with the line each block starts at."""
+    pattern = re.compile(r"^\.\. code(?:-block)?:: python\n\n((?:[ ]+.*\n|\n)+)", re.MULTILINE)
+    return [(text[: match.start(1)].count("\n") + 1, inspect.cleandoc("\n" + match.group(1))) for match in pattern.finditer(text)]
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    return [ROOT / name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_docutils_accepts(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    try:
+        publish_doctree(text, settings_overrides={"report_level": 2, "halt_level": 2, "warning_stream": False})
+    except SystemMessage as message:
+        pytest.fail(f"{name}: {message}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_a_page_runs(page, monkeypatch):
+    monkeypatch.setattr(DISTILLERS, "_items", dict(DISTILLERS._items))  # what a page registers is gone after it
+    names: dict[str, object] = {"__name__": "__page__"}
+    for line, block in python_blocks(page.read_text(encoding="utf-8")):
+        padded = "\n" * (line - 1) + block  # so that a traceback has the page's line
+        exec(compile(padded, str(page), "exec"), names)
+
+
+def test_blocks_are_found():
+    assert len(python_blocks((ROOT / "README.rst").read_text(encoding="utf-8"))) == 2
+    text = "A\n\n.. code:: python\n\n    x = 1\n\n    y = 2\n\nB\n\n.. code-block:: bash\n\n    ls\n"
+    assert python_blocks(text) == [(5, "x = 1\n\ny = 2")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_gives_the_command_once(command):
+    text = (ROOT / "README.rst").read_text(encoding="utf-8")
+    assert text.count(command) == 1
+    assert re.search(rf"^ +{re.escape(command)}$", text, re.MULTILINE)
+    assert len(re.findall(r"pip install", text)) == len(COMMANDS)
+
+
+def test_changelog_has_an_unreleased_section_that_speaks_of_results():
+    text = (ROOT / "CHANGELOG.rst").read_text(encoding="utf-8")
+    unreleased = text.partition("\nUnreleased\n---")[2]
+    assert unreleased
+    assert "\nResults changed\n~~~" in unreleased
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_a_method_names_its_source(name):
+    text = inspect.getdoc(OURS[name]) or ""
+    cited = re.search(r'"[^"]+",[^"]*\b(19|20)\d\d\b', text, flags=re.DOTALL)
+    assert cited or "baseline" in text, f'{name} cites no paper (authors, "title", venue year) and is no baseline'
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_a_method_shows_how_it_is_used(name):
+    text = inspect.getdoc(OURS[name]) or ""
+    assert "\nExample:\n" in text, f"{name} has no Example"
+    if OURS[name].__init__ is not Distiller.__init__:
+        assert "\nArgs:\n" in text, f"{name} has no Args"
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_a_method_is_listed_where_it_belongs(name):
+    """The file has the registered name, and the pure losses of the file are public."""
+    module = inspect.getmodule(OURS[name])
+    assert module.__name__ == f"distillzoo.methods.{name}"
+
+
+def test_tracked_files_refer_to_no_document_that_is_not_there():
+    """Names of working papers say nothing to whoever has only the repository: say the reason or cite the paper."""
+    absent = re.compile(r"\bdossier\b|\bregister(?: row)? \d+\b|\b(?:design|style|classic|peers|performance)\.md\b")
+    found = [hit for path in tracked_files() if path != Path(__file__) for hit in matches(path, absent)]
+    assert not found, "\n".join(found)
+
+
+def test_tracked_files_name_nothing_outside_the_checkout():
+    """Neither absolute paths of somebody's machine nor a folder beside the checkout; one script may look for data there."""
+    found = [hit for path in tracked_files() if path != Path(__file__) for hit in matches(path, MACHINE)]
+    elsewhere = [path for path in tracked_files() if path not in (Path(__file__), ROOT / ".ci" / "run")]
+    found += [hit for path in elsewhere for hit in matches(path, BESIDE)]
+    assert not found, "\n".join(found)
+
+
+def test_a_path_of_a_machine_is_seen(tmp_path):
+    note = tmp_path / "note.txt"
+    note.write_text("see /home/" + "somebody/data\nand a/home/page\n")
+    assert [hit.rpartition(":")[0].rpartition(":")[2] for hit in matches(note, MACHINE)] == ["1"]
