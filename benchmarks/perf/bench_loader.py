@@ -1,6 +1,7 @@
 """Images a second of the resident loader: ``python -m pytest benchmarks/perf/bench_loader.py``.
 
-50,000 images of 32x32x3 in batches of 64, padded by 4, cropped, flipped, normalised; a whole epoch with its order and draws.
+50,000 images of 32x32x3, padded by 4, cropped, flipped, normalised; a whole epoch with its order and draws. The machine should be
+quiet; the number of threads hardly matters, as batches are made on one.
 """
 
 from __future__ import annotations

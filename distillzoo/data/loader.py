@@ -7,6 +7,7 @@ epoch, position of the image). Neither depends on batch size, order, device, num
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -107,16 +108,18 @@ class ResidentLoader:
 
     def _batches(self, epoch: int, phase: str, second_view: bool) -> Iterator[Batch]:
         size, device = len(self._planes), self._planes.device
-        if self._shuffle:
-            order = Stream.named(self._seed, "order", phase).permutation(epoch, size, device)
-        else:
-            order = torch.arange(size, device=device)
-        views = [self._draws(name, epoch, phase, order) for name in (("first", "second") if second_view else ("first",))]
+        with _one_thread():
+            if self._shuffle:
+                order = Stream.named(self._seed, "order", phase).permutation(epoch, size, device)
+            else:
+                order = torch.arange(size, device=device)
+            views = [self._draws(name, epoch, phase, order) for name in (("first", "second") if second_view else ("first",))]
         step = self._ahead * self._batch_size
         for start in range(0, size, step):
             rows = order[start : start + step]
             targets = self._targets.index_select(0, rows)
-            images = [self._view(rows, tuple(draw[start : start + step] for draw in draws)) for draws in views]
+            with _one_thread():
+                images = [self._view(rows, tuple(draw[start : start + step] for draw in draws)) for draws in views]
             parts = [torch.split(piece, self._batch_size) for piece in (targets, rows, *images)]
             for targets_part, rows_part, first, *second in zip(*parts, strict=True):
                 yield Batch(first, targets_part, rows_part, second[0] if second else None)
@@ -138,6 +141,17 @@ class ResidentLoader:
             top, left, *flip = draws
             images = crop_flip(images, top, left, flip[0] if flip else None, self._augment.pad)
         return normalise(images, self._mean, self._std).contiguous(memory_format=self._format)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run the block on one thread: for so little work threads gain little, and on a busy machine they wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_images(data: Split, spec: DataSpec) -> None:

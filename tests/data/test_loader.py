@@ -8,6 +8,7 @@ import torchvision.transforms.functional as tv
 from torch import Tensor
 
 from distillzoo.data import Augment, ResidentLoader, Split, crop_flip, normalise
+from distillzoo.data import loader as loader_module
 from distillzoo.errors import DataError, OptionError, ShapeError
 from distillzoo.streams import Stream
 from distillzoo.types import Batch, DataSpec
@@ -191,6 +192,20 @@ def test_batches_made_ahead_are_the_same_batches():
         for name in ("images", "targets", "index", "second_view"):
             assert torch.equal(getattr(one, name), getattr(other, name))
         assert other.images.is_contiguous()
+
+
+def test_the_number_of_threads_is_the_callers(monkeypatch):
+    used = []
+    monkeypatch.setattr(loader_module, "normalise", lambda *args: used.append(torch.get_num_threads()) or normalise(*args))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = [torch.get_num_threads() for _ in make_loader().epoch(0)]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {2}
+    assert set(used) == {1}
 
 
 @pytest.mark.gpu
