@@ -61,11 +61,20 @@ class Network(nn.Module, ABC):
     classifier_path: ClassVar[str] = "fc"
     """Module path of the final linear layer; its input is the pooled feature."""
 
+    published_keys: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Regular expressions and replacements that turn the keys of the literature's published checkpoints into ours."""
+
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()
         check_count("num_classes", num_classes, 2)
         check_count("in_channels", in_channels, 1)
         self.num_classes = num_classes
+        self.in_channels = in_channels
+
+    @property
+    def default_cfg(self) -> dict[str, object]:
+        """What images the network was designed for, ``input_size`` as (channels, height, width), by the name that timm uses."""
+        return {"input_size": (self.in_channels, *self.input_size), "num_classes": self.num_classes}
 
     @property
     @abstractmethod

@@ -107,6 +107,8 @@ class ResNet(Network):
         torch.Size([2, 10])
     """
 
+    published_keys = ((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc."))
+
     def __init__(
         self,
         num_classes: int,

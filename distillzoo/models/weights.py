@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ _PREFIXES = ("module.", "_orig_mod.")  # left by data-parallel and compiled wrap
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a state dict into a network, in place and strictly; returns the network.
 
+    Keys of the checkpoints that the distillation literature published for our networks are translated.
+
     Args:
         model: The network.
         path: A ``.safetensors`` file, or what :func:`torch.save` wrote: a state dict, or a dictionary that holds one under
@@ -29,7 +32,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         OptionError: If the file is missing, holds no state dict, or does not fit the network.
     """
     name = os.fspath(path)
-    state = _state_dict(_read(name), name)
+    state = _translated(_state_dict(_read(name), name), model)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -64,6 +67,16 @@ def _state_dict(found: Any, path: str) -> dict[str, Tensor]:
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _translated(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Rename published keys to ours where that, and nothing less, makes the names agree."""
+    wanted, keys = set(model.state_dict()), list(state)
+    for pattern, replacement in getattr(model, "published_keys", ()):
+        keys = [re.sub(pattern, replacement, key) for key in keys]
+    if set(state) != wanted and set(keys) == wanted:
+        return dict(zip(keys, state.values(), strict=True))
     return state
 
 

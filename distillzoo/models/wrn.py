@@ -60,6 +60,8 @@ class WideResNet(Network):
         OptionError: If a number is out of range.
     """
 
+    published_keys = ((r"\.layer\.", "."), (r"\.convShortcut\.", ".shortcut."), (r"^bn1\.", "bn."))
+
     def __init__(self, num_classes: int, *, depth: int = 16, width: int = 1, in_channels: int = 3) -> None:
         super().__init__(num_classes, in_channels)
         check_count("width", width, 1)

@@ -113,6 +113,32 @@ def test_safetensors_and_foreign_checkpoints(tmp_path):
         assert all(torch.equal(model.state_dict()[key], value) for key, value in source.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("wrn_16_2", {"block2.0.shortcut.weight", "block3.1.bn2.weight", "bn.bias", "block1.0.bn1.bias"}),
+        ("resnet18", {"layer2.0.downsample.1.running_var", "fc.weight", "layer1.0.bn1.weight"}),
+    ],
+)
+def test_published_checkpoints_are_translated(name, ours, tmp_path):
+    def published(key):
+        if name == "resnet18":
+            return key.replace("downsample", "shortcut").replace("fc.", "linear.")
+        if key.startswith("block"):
+            group, _, rest = key.partition(".")
+            return f"{group}.layer.{rest}".replace("shortcut", "convShortcut")
+        return key.replace("bn.", "bn1.")
+
+    source = create_model(name, num_classes=10)
+    torch.save({"model": {published(key): value for key, value in source.state_dict().items()}}, tmp_path / "w.pt")
+    loaded = create_model(name, num_classes=10, checkpoint_path=tmp_path / "w.pt").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in source.state_dict().items())
+    assert ours <= set(loaded)
+    torch.save({"bn1.weight": torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(OptionError, match="does not fit"):
+        create_model(name, num_classes=10, checkpoint_path=tmp_path / "w.pt")
+
+
 class Malicious:
     def __reduce__(self):
         return print, ("executed",)

@@ -65,6 +65,31 @@ def test_initial_convolutions_follow_he_over_the_fan_out(name, path):
     assert conv.bias is None or not conv.bias.any()
 
 
+@pytest.mark.parametrize(
+    ("name", "block", "inner"),
+    [
+        ("resnet14", "layer1.1", "bn2"),
+        ("resnet14", "layer2.0", "bn2"),
+        ("resnet50", "layer1.1", "bn3"),
+        ("resnet50", "layer1.0", "bn3"),
+        ("wrn_16_2", "block2.0", "conv2"),
+        ("wrn_16_2", "block2.1", "conv2"),
+        ("mobilenetv2", "blocks.3.1", "bn3"),
+    ],
+)
+def test_blocks_add_their_shortcut(name, block, inner, read_taps):
+    model = build(name)
+    module = model.get_submodule(block)
+    _, taps = read_taps(model, images(32), [f"{block}:input", f"{block}.{inner}", block])
+    skip = taps[f"{block}:input"]
+    if name.startswith("resnet"):
+        skip = module.downsample(skip)
+    elif name.startswith("wrn") and module.shortcut is not None:
+        skip = module.shortcut(module.bn1(skip).relu())  # of the activated input
+    total = taps[f"{block}.{inner}"] + skip
+    torch.testing.assert_close(taps[block], total.relu() if name.startswith("resnet") else total)
+
+
 def test_vgg_pools_a_fourth_time_at_64_pixels_only(read_taps):
     model = build("vgg8")
     for size, last in ((32, 4), (64, 4), (96, 12)):
@@ -110,8 +135,8 @@ def test_shufflenetv1_for_large_images(count_macs, read_taps):
     _, taps = read_taps(model, images(224), [stage.path for stage in model.stages])
     assert [tuple(taps[s.path].shape[1:]) for s in model.stages] == [(240, 28, 28), (480, 14, 14), (960, 7, 7)]
     assert [(s.channels, s.stride) for s in model.stages] == [(240, 8), (480, 16), (960, 32)]
-    assert model.input_size == (224, 224)
-    assert build("shufflenetv1").input_size == (32, 32)
+    assert model.default_cfg == {"input_size": (3, 224, 224), "num_classes": 100}
+    assert build("shufflenetv1", in_channels=1).default_cfg["input_size"] == (1, 32, 32)
 
 
 @pytest.mark.parametrize(("name", "width", "convolutions"), [("tinycnn_8", 8, 3), ("tinycnn_32", 32, 6)])
@@ -125,7 +150,7 @@ def test_tiny_networks(name, width, convolutions, read_taps):
     assert [(s.channels, 8 // s.stride) for s in model.stages] == [shape[:2] for shape in expected]
     assert all(torch.equal(taps[s.pre].relu(), taps[s.path]) and taps[s.pre].min() < 0 for s in model.stages)
     assert taps["fc:input"].shape == (2, 4 * width)
-    assert model.input_size == (8, 8)
+    assert model.default_cfg["input_size"] == (3, 8, 8)
 
 
 def test_tiny_networks_of_any_size():
