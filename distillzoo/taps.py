@@ -103,6 +103,7 @@ class Tapped:
     ) -> None:
         self.module = module
         self.role = role
+        self._data = data
         self.restructured: list[str] = []
         self._claimed = False
         self._recorder = _Recorder()
@@ -183,6 +184,33 @@ class Tapped:
                 hint = " Name the classifier's input with taps={...: {'pooled': 'path:input'}}." if name == "pooled" else ""
                 raise TapError(f"The {self.role} has no tap {name!r}; it has {', '.join(near)}.{hint}")
         return tuple(found)
+
+    def add_tap(self, name: str, path: str, layout: Layout = "auto") -> str:
+        """Make a tensor of the network tappable under a name of one's own and measure it; every other tap is measured anew.
+
+        Args:
+            name: The new name; a name that stands for this very path already is left as it is.
+            path: Tap path of the tensor.
+            layout: How it is laid out.
+        Returns:
+            ``name``, to request.
+        Raises:
+            OptionError: If the name stands for another path.
+            TapError: If there is no such path, or the forward does not reach it.
+        """
+        known = self._taps.get(name)
+        if known == (path, layout):
+            return name
+        if known is not None:
+            raise OptionError(f"The {self.role}'s tap {name!r} is {known[0]!r} already; got {path!r}: take another name.")
+        self.submodule(path)
+        self._taps[name] = (path, layout)
+        try:
+            self._measure(Probe(self.module, self._data))
+        except TapError:
+            del self._taps[name]
+            raise
+        return name
 
     def request(self, *requested: str) -> tuple[str, ...]:
         """Hook the taps, so that every later trace holds them; returns their names."""
