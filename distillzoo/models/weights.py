@@ -71,11 +71,11 @@ def _state_dict(found: Any, path: str) -> dict[str, Tensor]:
 
 
 def _translated(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename published keys to ours where that, and nothing less, makes the names agree."""
+    """Rename published keys to ours where that makes the names agree."""
     wanted, keys = set(model.state_dict()), list(state)
     for pattern, replacement in getattr(model, "published_keys", ()):
         keys = [re.sub(pattern, replacement, key) for key in keys]
-    if set(state) != wanted and set(keys) == wanted:
+    if set(keys) == wanted:
         return dict(zip(keys, state.values(), strict=True))
     return state
 

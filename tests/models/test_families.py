@@ -87,7 +87,9 @@ def test_blocks_add_their_shortcut(name, block, inner, read_taps):
     elif name.startswith("wrn") and module.shortcut is not None:
         skip = module.shortcut(module.bn1(skip).relu())  # of the activated input
     total = taps[f"{block}.{inner}"] + skip
-    torch.testing.assert_close(taps[block], total.relu() if name.startswith("resnet") else total)
+    expected = total.relu() if name.startswith("resnet") else total
+    # fresh depth-wise convolutions shrink their input: what counts is the error relative to the largest value
+    torch.testing.assert_close(taps[block], expected, rtol=0.0, atol=1e-6 * float(skip.abs().max()))
 
 
 def test_vgg_pools_a_fourth_time_at_64_pixels_only(read_taps):
