@@ -1,0 +1,182 @@
+"""The command line of ``benchmarks/run_table.py``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distillzoo.bench.networks import pick_device
+from distillzoo.bench.options import Options, parse_options
+from distillzoo.bench.plan import Plan, make_plan
+from distillzoo.bench.progress import Console
+from distillzoo.bench.recipe import Pair, Recipe, list_recipes
+from distillzoo.bench.records import RecordStore
+from distillzoo.bench.rows import list_tables, load_table, select_rows
+from distillzoo.bench.runner import SerialRunner, check_groups
+from distillzoo.bench.sweep import SweepView, sweep_points, sweep_rows
+from distillzoo.bench.table import Table, make_table
+from distillzoo.bench.teachers import TeacherStore
+from distillzoo.build import list_distillers
+from distillzoo.data import DATASETS, DataSet, load_dataset
+from distillzoo.errors import DistillZooError, OptionError
+from distillzoo.models import MODELS, create_model
+
+__all__ = ["main"]
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str], *, teacher_folders: Sequence[Path] = (), console: Console | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: What stands behind the program's name.
+        teacher_folders: Folders of teachers that are only read.
+        console: What the user sees; ``None`` is standard output and error.
+    Returns:
+        0 done, 1 a run failed (the others' records stand), 2 wrong input, 130 interrupted.
+    """
+    console = console or Console()
+    try:
+        options = parse_options(arguments)
+        if options.action == "list":
+            console.say(_listing())
+            return DONE
+        if options.action == "smoke":
+            with tempfile.TemporaryDirectory(prefix="distillzoo-smoke-") as folder:
+                return _Command(replace(options, output=Path(folder)), (), console).run()
+        return _Command(options, teacher_folders, console).run()
+    except DistillZooError as error:
+        console.warn(f"run_table.py: {' '.join(str(error).split())}")
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        console.warn("Interrupted. The same command again goes on from the last checkpoints.")
+        return INTERRUPTED
+
+
+class _Command:
+    """One call of the command line."""
+
+    def __init__(self, options: Options, teacher_folders: Sequence[Path], console: Console) -> None:
+        if options.recipe is None:
+            raise OptionError("There is no recipe to run.")
+        self.options = options
+        self.console = console
+        self.recipe = options.recipe if not options.axes else sweep_rows(options.axes, options.recipe)
+        self.device = pick_device(options.device)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        if self.device.type == "cuda":  # float32 means float32: TF32 would be another precision under the same id
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        readonly = options.action in ("dry-run", "table-only")
+        self.store = RecordStore(options.output, console.warn, readonly=readonly)
+        self.teachers = TeacherStore(self.store, teacher_folders)
+        self.plan = self._plan()
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def _plan(self) -> Plan:
+        table = load_table(self.recipe.table or self.recipe.dataset)
+        points = sweep_points(self.options.axes, table, self.recipe) if self.options.axes else None
+        if points is None:
+            select_rows(table, self.recipe)  # before data is read: a wrong name should not cost half a minute
+        for name in {name for text in self.recipe.pairs for name in (Pair.parse(text).teacher, Pair.parse(text).student)}:
+            if "/" not in name and name not in MODELS:
+                create_model(name, num_classes=10)  # raises, with near matches
+        checkpoint = self.options.teacher_checkpoint
+        return make_plan(self.recipe, table, self._load, teacher_checkpoint=checkpoint, points=points)
+
+    def _load(self, recipe: Recipe) -> DataSet:
+        options = self.options
+        return load_dataset(recipe.dataset, root=options.data_root, split=recipe.split, download=options.download, **recipe.data)
+
+    def run(self) -> int:
+        self._read_results()
+        groups = self.plan.groups(self.results)
+        reasons: dict[str, str] = {}
+        failed = False
+        action = self.options.action
+        if action == "table-only" and not self.options.output.is_dir():
+            raise OptionError(
+                f"There are no records in {str(self.options.output)!r}; name the folder with --output, or run without --table-only."
+            )
+        if groups and action != "table-only":
+            groups, reasons = check_groups(groups, lenient=self.recipe.methods in (None, ("all",)))
+            jobs = {group.teacher.id: group.teacher for group in groups if group.teacher is not None}
+            for job in jobs.values():
+                if job.checkpoint is not None and self.teachers.find(job) is None:
+                    self.teachers.check_import(job)
+            if action == "dry-run":
+                from distillzoo.bench.dryrun import estimate
+
+                self.console.say(estimate(groups, self.teachers, self.device))
+                return DONE
+            self.store.check_writable()
+            failed = not SerialRunner(self.plan, self.store, self.teachers, self.device, self.console).run(groups)
+            self._read_results()
+        if action == "dry-run":
+            self.console.say("Nothing is left to run: every record is there.")
+            return DONE
+        if action != "table-only":
+            self.store.check_writable()
+        self._show(reasons)
+        diverged = any(result.get("status") != "done" for result in self.results.values())
+        return FAILED if failed or diverged else DONE
+
+    def _read_results(self) -> None:
+        for run_id in self.plan.runs:
+            result = self.store.result(self.store.record(run_id))
+            if result is not None:
+                self.results[run_id] = result
+
+    def _show(self, reasons: Mapping[str, str]) -> None:
+        view: Table | SweepView
+        if self.options.axes:
+            view = SweepView(self.plan, self.options.axes, self.results)
+            name = "_".join(["sweep", self.recipe.name, *(axis.path.replace(".", "-") for axis in self.options.axes)])
+        else:
+            view = make_table(self.plan, self.results, self._teacher_info, reasons)
+            name = self.recipe.name
+        self.console.say("\n" + view.text() + "\n")
+        if self.options.action != "smoke":
+            self._write(view, self.options.output, name)
+
+    def _write(self, view: Table | SweepView, folder: Path, name: str) -> None:
+        from distillzoo.bench.plot import plot_sweep, plot_table  # matplotlib takes a second to import
+        from distillzoo.bench.records import atomic
+
+        texts: dict[str, Callable[[], str]] = {"md": view.markdown, "csv": view.csv}
+        try:
+            for ending, text in texts.items():
+                with atomic(folder / f"{name}.{ending}") as handle:
+                    handle.write(text().encode())
+            if isinstance(view, Table):
+                plot_table(view, folder / f"{name}.png")
+            else:
+                plot_sweep(view.title, *view.series(), folder / f"{name}.png")
+        except OSError as error:
+            self.console.warn(f"The table's files could not be written to {str(folder)!r} ({error.strerror}).")
+            return
+        self.console.say(f"Written: {folder / name}.md, .csv, .png; records in {folder}.")
+
+    def _teacher_info(self, job: Any) -> Mapping[str, Any] | None:
+        found = self.teachers.find(job)
+        if found is not None:
+            return found.describe()
+        known = (result.get("teacher") for result in self.results.values())
+        return next((teacher for teacher in known if teacher and teacher["id"] == job.id), None)
+
+
+def _listing() -> str:
+    parts = {
+        "Methods": list_distillers(),
+        "Data sets": DATASETS.names(),
+        "Recipes": list_recipes(),
+        **{f"Rows of the table {name}": [row.name for row in load_table(name).rows] for name in list_tables()},
+        "Networks (timm/... and torchvision/... besides)": MODELS.names(),
+    }
+    return "\n".join(f"{title}: {', '.join(names)}" for title, names in parts.items())

@@ -1,0 +1,175 @@
+"""What a plan will cost, measured before it is spent: ten real steps of every kind of group."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import resource
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distillzoo.bench.networks import make_network, make_teacher
+from distillzoo.bench.plan import Group
+from distillzoo.bench.render import as_text
+from distillzoo.bench.teachers import TeacherStore
+from distillzoo.bench.training import GroupTask, student_task
+from distillzoo.engine import EpochReport, Observer, StepReport, Trainer, evaluate_all
+from distillzoo.types import Batch, DataSpec, Loader
+
+__all__ = ["Cost", "estimate", "measure"]
+
+_WARM_UP, _STEPS, _EVAL_BATCHES = 2, 10, 3
+
+
+class _EnoughError(BaseException):
+    """Ends a measurement; no ``except Exception`` on the way may take it for a failure."""
+
+
+class _Clock(Observer):
+    """Stops a trainer after a few steps and keeps what one took."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.step_seconds = 0.0
+
+    def on_step(self, report: StepReport) -> None:  # noqa: ARG002 - the interface of an observer
+        self.times.append(time.perf_counter())
+        if len(self.times) > _WARM_UP + _STEPS:
+            steps = [after - before for before, after in itertools.pairwise(self.times[_WARM_UP:])]
+            self.step_seconds = sum(steps) / len(steps)
+            raise _EnoughError
+
+    def on_epoch(self, report: EpochReport) -> None:  # an epoch shorter than the measurement
+        self.step_seconds = report.seconds / max(1, len(self.times))
+        raise _EnoughError
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a group costs from its beginning to its end.
+
+    Args:
+        steps: Optimiser steps of every member, first phases included.
+        step_seconds: Measured seconds of a step of the whole group.
+        minutes: Predicted minutes with evaluation.
+        memory: Peak memory of the process (CPU) or of the device, in MiB.
+    """
+
+    steps: int
+    step_seconds: float
+    minutes: float
+    memory: float
+
+
+class _FirstBatches:
+    """The first batches of a loader, as a loader."""
+
+    def __init__(self, loader: Loader, count: int) -> None:
+        self._loader = loader
+        self._count = min(count, len(loader))
+
+    @property
+    def spec(self) -> DataSpec:
+        return self._loader.spec
+
+    def __len__(self) -> int:
+        return self._count
+
+    def epoch(self, epoch: int, *, phase: str = "main", second_view: bool = False) -> Iterable[Batch]:
+        return itertools.islice(self._loader.epoch(epoch, phase=phase, second_view=second_view), self._count)
+
+
+def measure(task: GroupTask) -> Cost:
+    """Run ten real steps of a group's main phase and a few batches of its evaluation, and extrapolate.
+
+    Args:
+        task: The group; it writes nothing.
+    """
+    clock = _Clock()
+    _reset_peak(task.device)
+    trainer = task.trainer(clock)
+    first_epochs = [sum(phase.epochs or 0 for phase in member.phases[:-1]) for member in trainer.members.values()]
+    for member in trainer.members.values():
+        while member.phase_number < len(member.phases) - 1:
+            member.finish_phase()
+    with contextlib.suppress(_EnoughError):
+        trainer.run()
+    batch_seconds = _evaluation_seconds(trainer, task)
+    memory = _peak(task.device)
+    epochs, steps = task.config.epochs, len(trainer.train)
+    alone = clock.step_seconds / len(trainer.members)
+    seconds = epochs * (steps * clock.step_seconds + len(trainer.evaluation) * batch_seconds) + sum(first_epochs) * steps * alone
+    return Cost(steps * (epochs + max(first_epochs)), clock.step_seconds, seconds / 60, memory)
+
+
+def _evaluation_seconds(trainer: Trainer, task: GroupTask) -> float:
+    """Measure a batch of the evaluation of all members."""
+    loader = _FirstBatches(trainer.evaluation, _EVAL_BATCHES)
+    for member in trainer.members.values():
+        member.distiller.eval()
+    start = time.perf_counter()
+    evaluate_all({name: member.predict for name, member in trainer.members.items()}, loader, task.config, task.device)
+    return (time.perf_counter() - start) / len(loader)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the process's peak so far
+    except OSError:
+        return
+
+
+def _peak(device: torch.device) -> float:
+    """Return the peak memory in MiB since it was reset; where it cannot be reset, since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:", 1)[1].split()[0]) / 1024
+    except (OSError, IndexError, ValueError):
+        scale = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.device) -> str:
+    """Return a table of what every missing teacher and every group will cost on this machine.
+
+    Args:
+        groups: What is left to run.
+        teachers: Which teachers are there.
+        device: Where it would run.
+    """
+    jobs = {group.teacher.id: group.teacher for group in groups if group.teacher is not None}
+    missing = [job for job in jobs.values() if job.checkpoint is None and teachers.find(job) is None]
+    entries = [(f"teacher {job.name}", 1, measure(teachers.task(job, device))) for job in missing]
+    measured: dict[str, Cost] = {}
+    for group in groups:
+        rows = [(run.row.name, run.row.point) for run in group.runs]
+        key = repr((group.pair, group.config, id(group.data), rows))
+        if key not in measured:
+            measured[key] = _group_cost(group, device)
+        entries.append((f"{group.pair} seed {group.seed}", len(group.runs), measured[key]))
+    lines = [
+        [name, str(size), str(cost.steps), f"{1000 * cost.step_seconds:.1f}", f"{cost.minutes:.1f}", f"{cost.memory:.0f}"]
+        for name, size, cost in entries
+    ]
+    total = sum(cost.minutes for _, _, cost in entries)
+    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    table = as_text(["group", "members", "steps", "ms/step", "minutes", "peak MiB"], lines)
+    how = f"measured over {_STEPS} steps of every kind of group; nothing was written"
+    return f"{table}\n\nIn all {total:.1f} minutes on {where}, {how}."
+
+
+def _group_cost(group: Group, device: torch.device) -> Cost:
+    teacher = None
+    if group.teacher is not None:  # untrained: it costs the same
+        teacher = make_teacher(group, make_network(group.pair.teacher, group.data, 0, "teacher"))
+    return measure(student_task(group, teacher, device, {}))

@@ -1,0 +1,82 @@
+"""Make the networks and distillers of a group, always in the same way: equal students, one shared teacher."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from distillzoo.bench.plan import Group, Run
+from distillzoo.build import build_distiller
+from distillzoo.data import DataSet
+from distillzoo.distiller import Distiller
+from distillzoo.models import create_model
+from distillzoo.streams import Stream, forked_generator
+from distillzoo.taps import Teacher
+
+__all__ = ["build_members", "count_parameters", "make_network", "make_teacher"]
+
+
+def make_network(name: str, data: DataSet, seed: int, role: str) -> nn.Module:
+    """Create a network on the CPU, initialised from the stream of its role: the same weights on every device.
+
+    Args:
+        name: Name of the network.
+        data: Whose classes it tells apart.
+        seed: Seed of the run.
+        role: ``"student"`` or ``"teacher"``.
+    """
+    with forked_generator(Stream.named(seed, role)):
+        return create_model(name, num_classes=data.spec.num_classes)
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Return the number of a network's parameters."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def make_teacher(group: Group, network: nn.Module) -> Teacher:
+    """Wrap a trained network as the teacher that the whole group shares."""
+    return Teacher(network, group.data.spec, stages=group.taps.get(group.pair.teacher))
+
+
+def build_members(group: Group, teacher: Teacher | None, runs: tuple[Run, ...] | None = None) -> dict[str, Distiller]:
+    """Build the distillers of a group by run id, every one on a student of the same initial weights.
+
+    Args:
+        group: The group.
+        teacher: Its shared teacher.
+        runs: Which of its runs; ``None`` takes all.
+    Raises:
+        DistillZooError: If a method cannot work on the pair, or an option or a tap is wrong.
+    """
+    student = make_network(group.pair.student, group.data, group.seed, "student")
+    members: dict[str, Distiller] = {}
+    for run in group.runs if runs is None else runs:
+        options, weights = run.row.settings(group.pair)
+        stages = group.taps.get(group.pair.student)
+        members[run.id] = build_distiller(
+            run.row.method,
+            copy.deepcopy(student),
+            teacher if run.teacher is not None else None,
+            data=group.data.spec,
+            weights=weights,
+            taps=None if stages is None else {"student": stages},
+            seed=group.seed,
+            **options,
+        )
+    return members
+
+
+def pick_device(asked: str) -> torch.device:
+    """Return the device that was asked for; ``"auto"`` takes CUDA where there is one.
+
+    Raises:
+        OptionError: If CUDA was asked for and there is none.
+    """
+    from distillzoo.errors import OptionError
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise OptionError("--device cuda was asked for, but this machine has no usable CUDA device; use --device cpu or auto.")
+    return torch.device("cuda" if asked in ("auto", "cuda") and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,106 @@
+"""What the user sees while it runs: lines, and one bar over the whole plan with the time that is left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import NoReturn, TextIO
+
+from tqdm import tqdm
+
+__all__ = ["Console", "Meter"]
+
+_LINE_SECONDS = 30.0  # between two lines of progress where no terminal shows a bar
+
+
+class Console:
+    """Writes lines so that they do not tear the bar.
+
+    Args:
+        out: Where lines go; ``None`` is standard output.
+        err: Where the bar and warnings go; ``None`` is standard error.
+    """
+
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.out = out or sys.stdout
+        self.err = err or sys.stderr
+
+    def say(self, text: str = "") -> None:
+        """Write a line to the output."""
+        with tqdm.external_write_mode(file=self.out):
+            self.out.write(text + "\n")
+            self.out.flush()
+
+    def warn(self, text: str) -> None:
+        """Write a line to the error output."""
+        with tqdm.external_write_mode(file=self.err):
+            self.err.write(text + "\n")
+            self.err.flush()
+
+    def meter(self, total: float, done: float = 0.0) -> Meter:
+        """Start the bar of a plan."""
+        return Meter(self, total, done)
+
+
+class Meter:
+    """Progress over a whole plan, in estimated seconds of work, so that cheap and dear steps weigh what they cost.
+
+    On a terminal it is a live bar; elsewhere a plain line now and then.
+
+    Args:
+        console: Where it is shown.
+        total: Work of the plan.
+        done: Work that earlier runs did.
+    """
+
+    def __init__(self, console: Console, total: float, done: float = 0.0) -> None:
+        self._console = console
+        self._total = max(total, 1e-9)
+        self._done = self._before = done
+        self._start = self._last_line = time.monotonic()
+        self._text = ""
+        self._bar: tqdm[NoReturn] | None = None
+        if console.err.isatty():
+            self._bar = tqdm(
+                total=self._total,
+                initial=done,
+                file=console.err,
+                mininterval=0.5,
+                smoothing=0.05,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}",
+            )
+
+    def advance(self, work: float, text: str) -> None:
+        """Count work as done and say what is being done."""
+        self._done = min(self._done + work, self._total)
+        self._text = text
+        if self._bar is not None:
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(min(work, self._total - self._bar.n))
+        elif time.monotonic() - self._last_line > _LINE_SECONDS:
+            self._line()
+
+    def skip(self, work: float) -> None:
+        """Count work that an earlier call did; it says nothing about the speed of this one."""
+        self._done = min(self._done + work, self._total)
+        self._before += work
+        if self._bar is not None:
+            self._bar.initial += work
+            self._bar.n = self._done
+            self._bar.refresh()
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        elapsed = self._last_line - self._start
+        worked = self._done - self._before
+        left = elapsed * (self._total - self._done) / worked if worked > 0 else float("nan")
+        self._console.warn(
+            f"{100 * self._done / self._total:3.0f}% {tqdm.format_interval(elapsed)}<"
+            f"{tqdm.format_interval(left) if left == left else '?'} {self._text}"
+        )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()

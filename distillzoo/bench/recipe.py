@@ -1,0 +1,277 @@
+"""What is run: data, pairs, rows, seeds and how they train, as one frozen record that is read from YAML."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+
+from distillzoo.bench.yamls import read_yaml
+from distillzoo.data import DATASETS
+from distillzoo.engine import TrainConfig
+from distillzoo.errors import OptionError, UnknownNameError, unknown_name
+
+__all__ = ["Pair", "Recipe", "apply_override", "find_recipe", "list_recipes", "load_recipe", "make_recipe"]
+
+_FOLDER = Path(__file__).with_name("recipes")
+_LATER = ("folder", "imagenet100")  # data sets that design section 1 names and that are not built yet
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and the student that learns from it.
+
+    Args:
+        teacher: Name of the teacher network.
+        student: Name of the student network.
+    """
+
+    teacher: str
+    student: str
+
+    @classmethod
+    def parse(cls, text: str) -> Pair:
+        """Read ``"teacher:student"``.
+
+        Raises:
+            OptionError: If it is not two names.
+        """
+        parts = [part.strip() for part in text.split(":")]
+        if len(parts) != 2 or not all(parts):
+            raise OptionError(f"A pair is written teacher:student, as resnet20:resnet8; got {text!r}.")
+        return cls(*parts)
+
+    def __str__(self) -> str:
+        return f"{self.teacher}:{self.student}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the numbers of a table, and nothing else.
+
+    Args:
+        name: Name of the recipe, as in captions and file names.
+        dataset: Registered data set.
+        pairs: ``"teacher:student"``, at least one.
+        teacher: How teachers are trained.
+        student: How students are trained.
+        data: Options of the data set.
+        split: What networks are evaluated on: ``"test"``, or ``"heldout"`` for whatever is chosen.
+        table: Table file; ``None`` takes that of the data set.
+        methods: Row names, registered names or compositions; ``None`` takes the table's rows.
+        seeds: Seeds of the students.
+        teacher_seed: Seed of the teachers.
+        teacher_storage: How a teacher's matrices are kept: every student sees the stored ones.
+        student_overrides: Training fields by student name or pattern: ``{"mobilenetv2": {"lr": 0.01}}``.
+        teacher_overrides: The same by teacher name.
+        options: Method options by row name, over the table's.
+        weights: Weights by row name, over the table's.
+        taps: Tap paths by network name, shallow to deep, in place of those that are found.
+        comparable: Whether this is the protocol of the published figures.
+        note: A sentence for the caption.
+        changed: Paths of fields that were overridden; captions name them.
+    Raises:
+        OptionError: If a list is empty or has a value twice, or a number is out of range.
+    """
+
+    name: str
+    dataset: str
+    pairs: tuple[str, ...]
+    teacher: TrainConfig
+    student: TrainConfig
+    data: dict[str, Any] = field(default_factory=dict)
+    split: Literal["test", "heldout"] = "test"
+    table: str | None = None
+    methods: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    teacher_seed: int = 0
+    teacher_storage: Literal["float16", "float32"] = "float16"
+    student_overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    teacher_overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
+    taps: dict[str, list[str]] = field(default_factory=dict)
+    comparable: bool = False
+    note: str = ""
+    changed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_list("pairs", self.pairs)
+        check_list("seeds", self.seeds)
+        if self.methods is not None:
+            check_list("methods", self.methods)
+        for seed in (*self.seeds, self.teacher_seed):
+            if seed < 0:
+                raise OptionError(f"A seed must be an integer of at least 0; got {seed}; choose another.")
+        for pair in self.pairs:
+            Pair.parse(pair)
+        for who in ("student", "teacher"):
+            for model, values in getattr(self, f"{who}_overrides").items():
+                _check_keys(values, _CONFIG_FIELDS, f"{who}_overrides.{model}")
+
+    def student_config(self, model: str) -> TrainConfig:
+        """Return how a student of this name is trained."""
+        return _overridden(self.student, self.student_overrides, model)
+
+    def teacher_config(self, model: str) -> TrainConfig:
+        """Return how a teacher of this name is trained."""
+        return _overridden(self.teacher, self.teacher_overrides, model)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain data, as :func:`make_recipe` takes it."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+
+_CONFIG_FIELDS = tuple(item.name for item in fields(TrainConfig))
+_RECIPE_FIELDS = tuple(item.name for item in fields(Recipe))
+
+
+def check_list(name: str, values: Sequence[object]) -> None:
+    """Refuse an empty list and a list with a value twice.
+
+    Raises:
+        OptionError: In either case.
+    """
+    if not values:
+        raise OptionError(f"{name} is empty; name at least one, separated by commas.")
+    twice = [value for position, value in enumerate(values) if value in values[:position]]
+    if twice:
+        raise OptionError(f"{name} lists {twice[0]!r} twice; name each once.")
+
+
+def _overridden(config: TrainConfig, overrides: Mapping[str, Mapping[str, Any]], model: str) -> TrainConfig:
+    """Apply every pattern that fits the model, in order."""
+    for pattern, values in overrides.items():
+        if fnmatchcase(model, pattern):
+            config = replace(config, **_typed(TrainConfig, {**asdict(config), **values}, "override")) if values else config
+    return config
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _check_keys(given: object, known: Iterable[str], where: str) -> None:
+    if not isinstance(given, Mapping):
+        raise OptionError(f"{where} must be a mapping of names to values; got {given!r}.")
+    for key in given:
+        if key not in known:
+            raise OptionError(unknown_name(f"field of {where}", str(key), known, listed="Its fields are"))
+
+
+def _typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check values against the types of a dataclass's fields, which also turns lists into tuples and 1 into 1.0."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "it", sub_configs=False)
+    try:
+        parsed = parser.parse_object({"it": dict(values)}, env=False)
+        made = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
+    except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError) as error:
+        text = " ".join(str(error).split()).replace('Parser key "it.', f'field "{where}.').replace("it.", "")
+        raise OptionError(f"A wrong value: {text.rstrip('.')}; correct it.") from error
+    return {item.name: getattr(made.it, item.name) for item in fields(cls)}
+
+
+def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
+    """Build a recipe from plain data; every field is checked against its type.
+
+    Args:
+        values: Fields; ``teacher`` and ``student`` are mappings.
+        source: Where it comes from, for messages.
+    Raises:
+        OptionError: If a field is unknown (near matches are listed), missing or wrong.
+    """
+    _check_keys(values, _RECIPE_FIELDS, source)
+    for required in ("name", "dataset", "pairs", "teacher", "student"):
+        if required not in values:
+            raise OptionError(f"{source} lacks the field {required!r}; it needs name, dataset, pairs, teacher and student.")
+    for who in ("teacher", "student"):
+        _check_keys(values[who], _CONFIG_FIELDS, f"{source}, {who}")
+    return Recipe(**_typed(Recipe, values, "recipe"))
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the built-in recipes."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def find_recipe(name: str | None, dataset: str | None) -> Path:
+    """Return the file of a recipe.
+
+    Args:
+        name: A name, which may leave the data set out (``paper``), or a file; ``None`` takes the data set's own or its ``paper``.
+        dataset: The data set; ``None`` takes digits, or what the name says.
+    Raises:
+        UnknownNameError: If there is no such recipe.
+        OptionError: If the file does not exist, or the data set is not built yet.
+    """
+    if name is not None and (name.endswith((".yaml", ".yml")) or "/" in name):
+        if not Path(name).is_file():
+            raise OptionError(f"The recipe file {name!r} does not exist; name a YAML file, or one of {', '.join(list_recipes())}.")
+        return Path(name)
+    if dataset is not None and dataset not in DATASETS:
+        if dataset in _LATER:
+            raise OptionError(f"The data set {dataset!r} is not built yet; there are {', '.join(DATASETS.names())}.")
+        raise UnknownNameError(unknown_name("data set", dataset, DATASETS.names()))
+    wanted = dataset or "digits"
+    names = list_recipes()
+    candidates = [wanted, f"{wanted}_paper"] if name is None else [f"{wanted}_{name}"]
+    if name is not None and (dataset is None or name == dataset or name.startswith(f"{dataset}_")):
+        candidates.append(name)
+    for candidate in candidates:
+        if candidate in names:
+            return _FOLDER / f"{candidate}.yaml"
+    others = [known for known in names if name is not None and known.endswith(f"_{name}")]
+    if others:
+        raise UnknownNameError(
+            f"The data set {wanted!r} has no recipe {name!r}; pass --dataset {others[0].removesuffix(f'_{name}')} with it."
+        )
+    raise UnknownNameError(unknown_name("recipe", name or wanted, names, listed="There are"))
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        OptionError: If it is not valid.
+    """
+    values = read_yaml(path)
+    if not isinstance(values, Mapping):
+        raise OptionError(f"The recipe {str(path)!r} must be a mapping of fields; got {type(values).__name__}.")
+    return make_recipe(values, f"the recipe {path.stem!r}")
+
+
+def apply_override(recipe: Recipe, path: str, value: Any) -> Recipe:
+    """Set one field by its dotted path: ``student.lr``, ``data.labels_per_class``, ``split``, ``options.kd.temperature``.
+
+    A training field that is set so holds for every network: overrides by network name give way.
+
+    Raises:
+        OptionError: If there is no such field, or the value is wrong.
+    """
+    first, *rest = path.split(".")
+    if first not in _RECIPE_FIELDS or first in ("name", "dataset", "changed", "comparable"):
+        raise OptionError(unknown_name("recipe field", first, _RECIPE_FIELDS, listed="Its fields are"))
+    values = copy.deepcopy(recipe.as_dict())
+    if first in ("student", "teacher"):
+        if len(rest) != 1 or rest[0] not in _CONFIG_FIELDS:
+            raise OptionError(unknown_name(f"field of {first}", ".".join(rest), _CONFIG_FIELDS, listed="Its fields are"))
+        for model in values[f"{first}_overrides"].values():
+            model.pop(rest[0], None)
+    if rest and not isinstance(values[first], dict):
+        raise OptionError(f"The recipe field {first!r} has no parts; set it as --{first} VALUE, not {path!r}.")
+    place = values
+    for key in (first, *rest)[:-1]:
+        place = place.setdefault(key, {})
+    place[rest[-1] if rest else first] = value
+    if first in ("student", "teacher", "data", "options", "weights", "taps", "split"):
+        values["changed"] = [*dict.fromkeys([*values["changed"], path])]
+    return make_recipe(values)

@@ -1,0 +1,246 @@
+"""Records on disk: one folder a run, written atomically, checked when read, set aside when damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from distillzoo.bench.yamls import dump_yaml
+from distillzoo.errors import OptionError, RecordError
+
+__all__ = ["Record", "RecordStore", "canonical_json", "content_id"]
+
+ID_LENGTH = 16
+
+
+def canonical_json(value: object) -> str:
+    """Write plain data as JSON in one way only: sorted keys, no spaces, whole floats as integers (4.0 and 4 are one value).
+
+    Example:
+        >>> canonical_json({"b": 4.0, "a": (1, None)})
+        '{"a":[1,null],"b":4}'
+    """
+    return json.dumps(_canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _canonical(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_canonical(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return int(value) if value.is_integer() else value
+    raise OptionError(f"A record holds plain data only (finite numbers, strings, lists, mappings); got {value!r}.")
+
+
+def content_id(value: object) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of plain data in canonical form."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:ID_LENGTH]
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file under a temporary name, flush it to the disk, and rename it: a reader sees the old or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+class Record:
+    """The folder of one run or teacher.
+
+    Args:
+        path: The folder; its name is the id.
+        result_name: The file that says the run is finished.
+    """
+
+    def __init__(self, path: Path, result_name: str = "result.json") -> None:
+        self.path = path
+        self.result_path = path / result_name
+
+    @property
+    def id(self) -> str:
+        """Id of the run."""
+        return self.path.name
+
+    def begin(self, recipe: Mapping[str, object], environment: Mapping[str, object]) -> None:
+        """Make the folder and say what is run and where."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_text("recipe.yaml", dump_yaml(dict(recipe)))
+        self.write_json("env.json", environment)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file atomically."""
+        with atomic(self.path / name) as handle:
+            handle.write(text.encode())
+
+    def write_json(self, name: str, value: Mapping[str, object]) -> None:
+        """Write a JSON file atomically."""
+        self.write_text(name, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+    def write_metrics(self, lines: Sequence[Mapping[str, object]]) -> str:
+        """Write ``metrics.jsonl`` whole and return its SHA-256."""
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        self.write_text("metrics.jsonl", text)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Write ``last.pt``."""
+        with atomic(self.path / "last.pt") as handle:
+            torch.save({"id": self.id, "state": dict(state)}, handle)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """Return the state in ``last.pt``, ``None`` where there is none.
+
+        Raises:
+            RecordError: If the file is truncated, damaged or of another run.
+        """
+        path = self.path / "last.pt"
+        if not path.exists():
+            return None
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise RecordError(f"last.pt cannot be read ({type(error).__name__})") from error
+        if not isinstance(found, dict) or found.get("id") != self.id or not isinstance(found.get("state"), dict):
+            raise RecordError("last.pt belongs to another run")
+        state: dict[str, Any] = found["state"]
+        return state
+
+    def finish(self, result: Mapping[str, object]) -> None:
+        """Write the result, last of all files, and drop the checkpoint."""
+        body = {"id": self.id, **result}
+        self.write_json(self.result_path.name, {**body, "checksum": content_id(body)})
+        self.drop_checkpoint()
+
+    def drop_checkpoint(self) -> None:
+        """Remove ``last.pt`` where there is one."""
+        (self.path / "last.pt").unlink(missing_ok=True)
+
+    def read_result(self) -> dict[str, Any] | None:
+        """Return the result, ``None`` where the run is not finished.
+
+        Raises:
+            RecordError: If the file is no JSON, was changed by hand, or is of another run.
+        """
+        if not self.result_path.exists():
+            return None
+        try:
+            found = json.loads(self.result_path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise RecordError(f"{self.result_path.name} cannot be read ({type(error).__name__})") from error
+        if not isinstance(found, dict):
+            raise RecordError(f"{self.result_path.name} holds no mapping")
+        body = {key: value for key, value in found.items() if key != "checksum"}
+        try:
+            identity, checksum = content_id(body.get("identity")), content_id(body)
+        except OptionError as error:  # NaN: JSON readers take it, records never hold it
+            raise RecordError(f"{self.result_path.name} holds what no record does") from error
+        if body.get("id") != self.id or identity != self.id:
+            raise RecordError(f"{self.result_path.name} belongs to another run")
+        if found.get("checksum") != checksum:
+            raise RecordError(f"{self.result_path.name} was changed after it was written")
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists() and file_sha256(metrics) != body.get("metrics_sha256"):
+            raise RecordError("metrics.jsonl was changed after it was written")
+        return body
+
+
+class RecordStore:
+    """A folder of records.
+
+    Args:
+        root: The folder; made when something is written.
+        say: Where to name a record that was set aside.
+        readonly: Whether damaged records stay where they are (nothing is run, so nothing is set aside).
+    """
+
+    def __init__(self, root: Path, say: Callable[[str], None], *, readonly: bool = False) -> None:
+        self.root = root
+        self.say = say
+        self.readonly = readonly
+        self._ignored: set[Path] = set()
+
+    def check_writable(self) -> None:
+        """Make the folder and write to it once.
+
+        Raises:
+            OptionError: If that fails.
+        """
+        probe = self.root / f".probe.{os.getpid()}"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise OptionError(
+                f"The output folder {str(self.root)!r} cannot be written to ({error.strerror}); name another with --output."
+            ) from error
+
+    def record(self, run_id: str) -> Record:
+        """Return the record of a run, whether it exists or not."""
+        return Record(self.root / run_id)
+
+    def teacher(self, teacher_id: str) -> Record:
+        """Return the record of a teacher, whether it exists or not."""
+        return Record(self.root / "teachers" / teacher_id, "manifest.json")
+
+    def result(self, record: Record) -> dict[str, Any] | None:
+        """Return a finished record's result; a damaged record is set aside and counts as absent."""
+        if record.path in self._ignored:
+            return None
+        try:
+            return record.read_result()
+        except RecordError as error:
+            self.quarantine(record, str(error))
+            return None
+
+    def checkpoint(self, record: Record) -> dict[str, Any] | None:
+        """Return an unfinished record's state; a damaged record is set aside and counts as absent."""
+        try:
+            return record.load_checkpoint()
+        except RecordError as error:
+            self.quarantine(record, str(error))
+            return None
+
+    def quarantine(self, record: Record, reason: str) -> None:
+        """Move a record to ``quarantine/`` and say so."""
+        if self.readonly:
+            self._ignored.add(record.path)
+            self.say(f"The record {record.path} is damaged: {reason}. The next run sets it aside and makes it again.")
+            return
+        place = self.root / "quarantine"
+        taken = {path.name for path in place.glob(f"{record.id}-*")} if place.exists() else set()
+        number = next(n for n in range(1, len(taken) + 2) if f"{record.id}-{n}" not in taken)
+        target = place / f"{record.id}-{number}"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            record.path.rename(target)
+        except OSError as error:
+            raise OptionError(
+                f"The damaged record {str(record.path)!r} cannot be set aside ({error.strerror}); remove it by hand."
+            ) from error
+        self.say(f"The record {record.path} was damaged ({reason}); it now lies in {target} and is run again.")

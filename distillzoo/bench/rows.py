@@ -1,0 +1,203 @@
+"""Which rows a table has is data: table files, and what ``--methods`` picks from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from distillzoo.bench.recipe import Pair, Recipe, check_list
+from distillzoo.bench.yamls import read_yaml
+from distillzoo.build import describe_distiller, list_distillers, resolve_distiller
+from distillzoo.errors import OptionError, UnknownNameError, unknown_name
+
+__all__ = ["Row", "TableSpec", "list_tables", "load_table", "select_rows"]
+
+_FOLDER = Path(__file__).with_name("tables")
+_TABLE_FIELDS = ("title", "baseline", "rows", "published")
+_ROW_FIELDS = ("title", "method", "options", "weights", "pairs", "source")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a method with its settings.
+
+    Args:
+        name: What ``--methods`` calls it.
+        title: What the table prints.
+        method: Registered name or composition.
+        options: Options of the method.
+        weights: Weights by term, or the name of a preset.
+        pairs: Options and weights that differ for some pair: ``{"vgg13:vgg8": {"options": {...}}}``.
+        source: Where the settings come from.
+        point: Values of the swept fields, by path.
+    """
+
+    name: str
+    title: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Any] | str | None = None
+    pairs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    source: str = ""
+    point: tuple[tuple[str, Any], ...] = ()
+
+    def settings(self, pair: Pair) -> tuple[dict[str, Any], Mapping[str, Any] | str | None]:
+        """Return options and weights for a pair, as ``build_distiller`` takes them."""
+        special = self.pairs.get(str(pair), {})
+        options = merge(self.options, special.get("options", {}))
+        return options, merge_weights(self.weights, special.get("weights"))
+
+    def describe(self, pair: Pair) -> dict[str, Any]:
+        """Return the resolved options and weights for a pair: every default filled in."""
+        options, weights = self.settings(pair)
+        return describe_distiller(self.method, weights=weights, **options)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the method, or a member of the composition, reads a teacher."""
+        return any(cls.requires.teacher for cls in resolve_distiller(self.method).values())
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table file.
+
+    Args:
+        name: Name of the file.
+        title: Title of the table.
+        rows: Its rows, in order.
+        baseline: Name of the row that others are compared with.
+        published: Published figures.
+    """
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    baseline: str = "kd"
+    published: tuple[Mapping[str, Any], ...] = ()
+
+    def published_figures(self, row: str, pair: Pair) -> list[tuple[str, float]]:
+        """Return what was published for a row and a pair, with the source's short name."""
+        found = [(str(source["label"]), source["values"].get(row, {}).get(str(pair))) for source in self.published]
+        return [(label, float(value)) for label, value in found if value is not None]
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two mappings of options; mappings inside (a composition's members) are merged too."""
+    merged = dict(base)
+    for key, value in over.items():
+        present = merged.get(key)
+        merged[key] = merge(present, value) if isinstance(present, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def merge_weights(base: Mapping[str, Any] | str | None, over: object) -> Mapping[str, Any] | str | None:
+    """Merge weights: a preset name replaces, a mapping goes over a mapping."""
+    if over is None:
+        return base
+    if isinstance(over, str):
+        return over
+    if not isinstance(over, Mapping):
+        raise OptionError(f"weights are numbers by term, as {{kd: 0.9}}, or the name of a preset; got {over!r}.")
+    return {**base, **over} if isinstance(base, Mapping) else dict(over)
+
+
+def list_tables() -> list[str]:
+    """Return the names of the table files."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml") if not path.stem.endswith("_published"))
+
+
+def load_table(name: str) -> TableSpec:
+    """Read a table file, by name or path.
+
+    Raises:
+        UnknownNameError: If there is no such table.
+        OptionError: If the file is not valid.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise UnknownNameError(unknown_name("table", name, list_tables(), listed="There are"))
+    found = read_yaml(path)
+    where = f"the table {path.stem!r}"
+    _check_fields(found, _TABLE_FIELDS, where)
+    rows = [_make_row(key, value, where) for key, value in (found.get("rows") or {}).items()]
+    check_list(f"rows of {where}", [row.name for row in rows])
+    published = read_yaml(_FOLDER / f"{found['published']}.yaml")["sources"] if found.get("published") else ()
+    return TableSpec(path.stem, str(found.get("title", path.stem)), tuple(rows), str(found.get("baseline", "kd")), tuple(published))
+
+
+def _make_row(key: str, value: Any, where: str) -> Row:
+    value = value or {}
+    _check_fields(value, _ROW_FIELDS, f"row {key!r} of {where}")
+    return Row(
+        name=str(key),
+        title=str(value.get("title", key)),
+        method=str(value.get("method", key)),
+        options=value.get("options") or {},
+        weights=value.get("weights"),
+        pairs=value.get("pairs") or {},
+        source=str(value.get("source", "")),
+    )
+
+
+def _check_fields(found: Any, known: Sequence[str], where: str) -> None:
+    if not isinstance(found, Mapping):
+        raise OptionError(f"{where} must be a mapping of fields; got {found!r}.")
+    for key in found:
+        if key not in known:
+            raise OptionError(unknown_name(f"field of {where}", str(key), known, listed="Its fields are"))
+
+
+def select_rows(table: TableSpec, recipe: Recipe) -> tuple[Row, ...]:
+    """Return the rows that a recipe asks for, its options and weights applied.
+
+    Raises:
+        UnknownNameError: If a name is neither a row, nor registered, nor a composition of registered names.
+        OptionError: If an option does not exist or a list is empty or has a name twice.
+    """
+    known = {row.name: row for row in table.rows}
+    names = recipe.methods
+    if names is None:
+        chosen = list(table.rows)
+    elif names == ("all",):
+        chosen = [known.get(name) or Row(name, name, name) for name in _all_names(table)]
+    else:
+        check_list("methods", names)
+        chosen = [known.get(name) or _registered(name, known) for name in names]
+    for field_name in ("options", "weights"):
+        for name in getattr(recipe, field_name):
+            if name not in {row.name for row in chosen}:
+                raise OptionError(
+                    unknown_name(f"row under {field_name}", name, [row.name for row in chosen], listed="This table has")
+                )
+    rows = tuple(
+        replace(
+            row,
+            options=merge(row.options, recipe.options.get(row.name, {})),
+            weights=merge_weights(row.weights, recipe.weights.get(row.name)),
+        )
+        for row in chosen
+    )
+    for row in rows:
+        row.describe(Pair("", ""))  # unknown methods and options die here
+    return rows
+
+
+def _all_names(table: TableSpec) -> list[str]:
+    """Every registered name once, the table's rows first and in its order."""
+    registered = list_distillers()
+    rows = [row.name for row in table.rows if row.method in registered]
+    return rows + [name for name in registered if name not in {row.method for row in table.rows}]
+
+
+def _registered(name: str, rows: Mapping[str, Row]) -> Row:
+    try:
+        resolve_distiller(name)
+    except UnknownNameError:
+        known = sorted({*rows, *list_distillers()})
+        raise UnknownNameError(
+            unknown_name("method", name, known, listed="Rows of this table and registered names") + " 'all' runs every one."
+        ) from None
+    return Row(name, name, name)

@@ -1,0 +1,244 @@
+"""The serial executor: train the missing teachers, then one group after the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from distillzoo.bench.environment import describe_environment
+from distillzoo.bench.networks import build_members, count_parameters, make_network, make_teacher
+from distillzoo.bench.plan import Group, Plan, Run, TeacherJob
+from distillzoo.bench.progress import Console, Meter
+from distillzoo.bench.recording import metrics_line, save_weights
+from distillzoo.bench.records import RecordStore
+from distillzoo.bench.teachers import TeacherStore
+from distillzoo.bench.training import forward_cost, student_task
+from distillzoo.data import DataSet
+from distillzoo.engine import MemberResult, StepReport, TrainConfig
+from distillzoo.errors import DistillZooError, UnsupportedPairError
+
+__all__ = ["SerialRunner", "check_groups"]
+
+_LOG = logging.getLogger(__name__)
+_BACKWARD = 2.0  # a backward pass costs about two forward passes
+
+
+def check_groups(groups: Iterable[Group], *, lenient: bool) -> tuple[list[Group], dict[str, str]]:
+    """Build every member once, before anything is trained or written.
+
+    Args:
+        groups: What is to be trained.
+        lenient: Whether a method that cannot work on a pair is left out; otherwise that is an error.
+    Returns:
+        The groups without what was left out, and the reasons by run id.
+    Raises:
+        DistillZooError: If a model, option, weight or tap is wrong.
+    """
+    kept: list[Group] = []
+    reasons: dict[str, str] = {}
+    checked: dict[tuple[Any, ...], str | None] = {}
+    for group in groups:
+        runs = []
+        for run in group.runs:
+            key = (str(group.pair), id(group.data), run.row.name, repr(run.row.point))
+            if key not in checked:
+                checked[key] = _problem(group, run, lenient)
+            reason = checked[key]
+            if reason is None:
+                runs.append(run)
+            else:
+                reasons[run.id] = reason
+        if runs:
+            kept.append(replace(group, runs=tuple(runs)))
+    return kept, reasons
+
+
+def _problem(group: Group, run: Run, lenient: bool) -> str | None:
+    teacher = None
+    if run.teacher is not None:
+        teacher = make_teacher(group, make_network(group.pair.teacher, group.data, 0, "teacher"))
+    try:
+        build_members(group, teacher, (run,))
+    except UnsupportedPairError as error:
+        if not lenient:
+            raise
+        return str(error)
+    return None
+
+
+class SerialRunner:
+    """Runs what a plan lacks, one group after the other, in this process.
+
+    Args:
+        plan: The plan.
+        store: Where records are kept.
+        teachers: Where teachers are kept.
+        device: Where to train.
+        console: What the user sees.
+    """
+
+    def __init__(self, plan: Plan, store: RecordStore, teachers: TeacherStore, device: torch.device, console: Console) -> None:
+        self.plan = plan
+        self.store = store
+        self.teachers = teachers
+        self.device = device
+        self.console = console
+        self.failures: dict[str, str] = {}
+
+    def run(self, groups: list[Group]) -> bool:
+        """Train the groups; returns whether everything went well. What failed is said, and stands in ``failures``."""
+        jobs = {group.teacher.id: group.teacher for group in groups if group.teacher is not None}
+        missing = [job for job in jobs.values() if self.teachers.find(job) is None]
+        costs = _Costs()
+        total = sum(costs.teacher(job) for job in missing) + sum(costs.group(group) for group in groups)
+        meter = self.console.meter(total)
+        try:
+            for job in missing:
+                self._make_teacher(job, costs, meter)
+            for group in groups:
+                self._run_group(group, costs, meter)
+        finally:
+            meter.close()
+        return not self.failures
+
+    def _make_teacher(self, job: TeacherJob, costs: _Costs, meter: Meter) -> None:
+        step = costs.forward(job.name, job.data, job.config) * (1 + _BACKWARD)
+        try:
+            found = self.teachers.make(job, self.device, _advancer(meter, f"teacher {job.name}", 0.0, step))
+        except (DistillZooError, RuntimeError, OSError) as error:
+            _LOG.debug("teacher %s", job.id, exc_info=True)
+            self._failed(job.id, f"The teacher {job.name} could not be made ({type(error).__name__}: {error})")
+            return
+        if found is None:
+            self._failed(job.id, f"The teacher {job.name} did not train to its end, so its students are left out")
+        else:
+            self.console.say(f"Teacher {found.name} ({found.id}): {found.accuracy:.2f} % on {job.data.description}.")
+
+    def _failed(self, key: str, sentence: str) -> None:
+        self.failures[key] = sentence
+        self.console.warn(f"{sentence}.")
+
+    def _run_group(self, group: Group, costs: _Costs, meter: Meter) -> None:
+        runs = tuple(run for run in group.runs if run.teacher is None or self.teachers.find(run.teacher) is not None)
+        for run in group.runs:
+            if run not in runs:
+                self.failures[run.id] = "no teacher"
+        if not runs:
+            return
+        group = replace(group, runs=runs)
+        label = f"{group.pair} seed {group.seed}, {len(runs)} method{'s' if len(runs) > 1 else ''}"
+        try:
+            self._train(group, label, costs, meter)
+        except (DistillZooError, RuntimeError, OSError) as error:
+            _LOG.debug("group %s", label, exc_info=True)
+            for run in runs:
+                self.failures.setdefault(run.id, str(error))
+            self.console.warn(f"The group {label} failed ({type(error).__name__}: {error}); the other records stand.")
+
+    def _train(self, group: Group, label: str, costs: _Costs, meter: Meter) -> None:
+        teacher, stored = None, None
+        if group.teacher is not None:
+            stored = self.teachers.find(group.teacher)
+            teacher = make_teacher(group, self.teachers.load(group.teacher))
+        described = None if stored is None else stored.describe()
+        runs = {run.id: run for run in group.runs}
+        records = {run_id: self.store.record(run_id) for run_id in runs}
+
+        def begin(run_id: str) -> None:
+            run = runs[run_id]
+            records[run_id].begin({"method": run.row.method, **run.identity}, describe_environment(self.device))
+
+        def finish(run_id: str, result: MemberResult, student: nn.Module | None) -> None:
+            self._finish(runs[run_id], result, student, described)
+
+        task = student_task(group, teacher, self.device, records)
+        advance = _advancer(meter, label, costs.shared(group), costs.member(group))
+        task.run(self.store, begin, advance, finish)
+
+    def _finish(self, run: Run, result: MemberResult, student: nn.Module | None, teacher: dict[str, Any] | None) -> None:
+        record = self.store.record(run.id)
+        if result.status == "failed":  # not a result: memory ran out, say; the next call tries again
+            self._failed(run.id, f"{run.row.title} on {run.pair}, seed {run.seed}, failed: {result.message}")
+            return
+        digest = record.write_metrics([metrics_line(report) for report in result.history])
+        seconds = sum(report.seconds for report in result.history)
+        images = (run.data.spec.num_samples or 0) * len(result.history)
+        record.write_json(
+            "env.json",
+            {
+                **describe_environment(self.device),
+                "group_seconds": round(seconds, 3),
+                "group_size": max((report.group_size for report in result.history), default=0),
+                "group_images_per_second": round(images / seconds, 1) if seconds else None,
+            },
+        )
+        if student is not None:
+            save_weights(record, "student.safetensors", student)
+        else:
+            self._failed(run.id, f"{run.row.title} on {run.pair}, seed {run.seed}, {result.status}: {result.message}")
+        record.finish(
+            {
+                "identity": run.identity,
+                "status": result.status,
+                "message": result.message,
+                "last_accuracy": result.last_accuracy,
+                "best_accuracy": result.best_accuracy,
+                "best_epoch": result.best_epoch,
+                "last_loss": result.last_loss,
+                "epochs": result.epochs,
+                "parameters": None if student is None else count_parameters(student),
+                "teacher": teacher if run.teacher is not None else None,
+                "data": run.data.description,
+                "metrics_sha256": digest,
+            }
+        )
+
+
+def _advancer(meter: Meter, label: str, shared: float, member: float) -> Any:
+    """Return what turns step reports into work: the teacher's pass and each active member's step."""
+
+    def advance(report: StepReport) -> None:
+        if report.phase == "resumed":
+            meter.skip(report.epoch * report.steps * (shared + report.active * member))
+        elif report.phase == "main":
+            meter.advance(shared + report.active * member, f"{label}: epoch {report.epoch + 1}/{report.epochs}")
+        else:
+            meter.advance(0.0, f"{label}: {report.phase} {report.epoch + 1}/{report.epochs}")
+
+    return advance
+
+
+class _Costs:
+    """Estimated seconds of the parts of a plan, for the bar."""
+
+    def __init__(self) -> None:
+        self._forward: dict[tuple[str, int, int], float] = {}
+
+    def forward(self, name: str, data: DataSet, config: TrainConfig) -> float:
+        key = (name, id(data), config.batch_size)
+        if key not in self._forward:
+            self._forward[key] = forward_cost(make_network(name, data, 0, "student"), data, config.batch_size)
+        return self._forward[key]
+
+    @staticmethod
+    def steps(data: DataSet, config: TrainConfig) -> int:
+        return -(-(data.spec.num_samples or 1) // config.batch_size) * config.epochs
+
+    def teacher(self, job: TeacherJob) -> float:
+        if job.checkpoint is not None:
+            return 0.0
+        return self.steps(job.data, job.config) * self.forward(job.name, job.data, job.config) * (1 + _BACKWARD)
+
+    def shared(self, group: Group) -> float:
+        return 0.0 if group.teacher is None else self.forward(group.pair.teacher, group.data, group.config)
+
+    def member(self, group: Group) -> float:
+        return self.forward(group.pair.student, group.data, group.config) * (1 + _BACKWARD)
+
+    def group(self, group: Group) -> float:
+        return self.steps(group.data, group.config) * (self.shared(group) + len(group.runs) * self.member(group))

@@ -1,0 +1,220 @@
+"""Sweeps: every value of one or two options, trained under the same recipe, as a table and a plot."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from distillzoo.bench.plan import Plan
+from distillzoo.bench.recipe import Recipe, apply_override, check_list
+from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
+from distillzoo.bench.rows import Row, TableSpec, merge, select_rows
+from distillzoo.bench.table import Results, protocol_note
+from distillzoo.bench.yamls import parse_scalar
+from distillzoo.errors import OptionError
+
+__all__ = ["Axis", "SweepView", "is_recipe_path", "method_override", "parse_axis", "sweep_points", "sweep_rows"]
+
+_RECIPE_PARTS = ("student", "teacher", "data")
+_RECIPE_SCALARS = ("teacher_seed", "teacher_storage")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One swept field.
+
+    Args:
+        path: ``METHOD.option``, ``METHOD.weights.TERM``, or a recipe field such as ``student.lr``.
+        values: Its values.
+    """
+
+    path: str
+    values: tuple[Any, ...]
+
+    @property
+    def of_recipe(self) -> bool:
+        """Whether it changes the recipe, and not one method."""
+        return is_recipe_path(self.path)
+
+    @property
+    def row(self) -> str:
+        """Name of the method whose option it is."""
+        return self.path.split(".", 1)[0]
+
+
+def is_recipe_path(path: str) -> bool:
+    """Return whether a dotted path is a recipe field; other paths begin with a method."""
+    return path.split(".", 1)[0] in (*_RECIPE_PARTS, *_RECIPE_SCALARS)
+
+
+def parse_axis(text: str) -> Axis:
+    """Read ``kd.temperature=1,2,4,8``.
+
+    Raises:
+        OptionError: If it is not of that form, empty, or has a value twice.
+    """
+    path, equals, listed = text.partition("=")
+    path = path.strip()
+    if not equals or not path or ("." not in path and path not in _RECIPE_SCALARS):
+        raise OptionError(f"--sweep is written METHOD.option=v1,v2 or student.lr=v1,v2; got {text!r}.")
+    parts = [part.strip() for part in listed.split(",")]
+    if "" in parts:
+        raise OptionError(f"--sweep {path} has an empty value in {listed!r}; write values separated by single commas.")
+    values = tuple(parse_scalar(part) for part in parts)
+    check_list(f"--sweep {path}", values)
+    return Axis(path, values)
+
+
+def method_override(row: Row, path: str, value: Any) -> Row:
+    """Set ``option`` or ``weights.TERM`` of a row; a composition's option is ``member.option``.
+
+    Args:
+        row: The row.
+        path: Path without the row's name.
+        value: The value.
+    """
+    first, _, rest = path.partition(".")
+    if first == "weights" and rest:
+        base = row.weights if isinstance(row.weights, Mapping) else {}
+        return replace(row, weights={**base, rest: value})
+    nested: Any = value
+    for part in reversed(path.split(".")):
+        nested = {part: nested}
+    return replace(row, options=merge(row.options, nested))
+
+
+def sweep_rows(axes: Sequence[Axis], recipe: Recipe) -> Recipe:
+    """Return the recipe with the methods of a sweep: those that were named, else those that the axes belong to."""
+    own = tuple(dict.fromkeys(axis.row for axis in axes if not axis.of_recipe))
+    if recipe.methods is not None:
+        left_out = [name for name in own if name not in recipe.methods and recipe.methods != ("all",)]
+        if left_out:
+            raise OptionError(f"--sweep names {left_out[0]!r}, which --methods leaves out; add it there, or leave --methods away.")
+        return recipe
+    return replace(recipe, methods=own) if own else recipe
+
+
+def sweep_points(axes: Sequence[Axis], table: TableSpec, recipe: Recipe) -> list[tuple[Recipe, tuple[Row, ...]]]:
+    """Return a recipe for every combination of recipe fields, with a row for every combination of method options.
+
+    Raises:
+        OptionError: If there are more than two axes or two with one path, or a field does not exist.
+    """
+    if len(axes) > 2:
+        raise OptionError(f"--sweep takes one or two axes; got {len(axes)}; drop some.")
+    check_list("--sweep", [axis.path for axis in axes])
+    ours = [axis for axis in axes if axis.of_recipe]
+    theirs = [axis for axis in axes if not axis.of_recipe]
+    base_rows = select_rows(table, recipe)
+    points = []
+    for values in itertools.product(*(axis.values for axis in ours)):
+        point, where = recipe, []
+        for axis, value in zip(ours, values, strict=True):
+            point = apply_override(point, axis.path, value)
+            where.append((axis.path, value))
+        rows = [expanded for row in base_rows for expanded in _expand(row, theirs)]
+        points.append((point, tuple(replace(row, point=(*where, *row.point)) for row in rows)))
+    return points
+
+
+def _expand(row: Row, axes: Sequence[Axis]) -> list[Row]:
+    """Return a row for every combination of the axes that are its own."""
+    own = [axis for axis in axes if axis.row == row.name]
+    rows = []
+    for values in itertools.product(*(axis.values for axis in own)):
+        made = row
+        for axis, value in zip(own, values, strict=True):
+            made = method_override(made, axis.path.removeprefix(f"{row.name}."), value)
+        rows.append(replace(made, point=tuple((axis.path, value) for axis, value in zip(own, values, strict=True))))
+    return rows
+
+
+@dataclass(frozen=True)
+class SweepView:
+    """The view of a sweep: accuracy by values of the swept fields.
+
+    Args:
+        plan: The plan of the sweep.
+        axes: What was swept.
+        results: Results by run id.
+    """
+
+    plan: Plan
+    axes: tuple[Axis, ...]
+    results: Results
+
+    @property
+    def title(self) -> str:
+        """Title of the table and the plot."""
+        return f"{self.plan.table.title}: {' x '.join(axis.path for axis in self.axes)}"
+
+    def _entries(self) -> list[tuple[str, str, dict[str, Any], Spread, int]]:
+        """Return pair, row title, point, accuracies and number of seeds asked for, in order."""
+        found: dict[tuple[str, str, str], tuple[str, str, dict[str, Any], list[float | None]]] = {}
+        for cell in self.plan.cells:
+            key = (str(cell.pair), cell.row.title, repr(cell.row.point))
+            entry = found.setdefault(key, (str(cell.pair), cell.row.title, dict(cell.row.point), []))
+            entry[3].append(self.results.get(cell.run.id, {}).get("last_accuracy"))
+        return [(pair, title, point, spread(values), len(values)) for pair, title, point, values in found.values()]
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        header = ["method", "pair", *(axis.path for axis in self.axes), "last epoch", "n"]
+        lines = [
+            [
+                title,
+                pair,
+                *(str(point.get(axis.path, "-")) for axis in self.axes),
+                figures.text() if figures.n else "missing",
+                str(figures.n) if figures.n == asked else f"{figures.n} of {asked}",
+            ]
+            for pair, title, point, figures, asked in self._entries()
+        ]
+        return header, lines
+
+    @property
+    def caption(self) -> str:
+        """What must be known to read the numbers."""
+        data = self.plan.cells[0].run.data
+        chosen = (
+            "Choose here, never on the test set."
+            if data.split == "heldout"
+            else "Evaluated on the test set: nothing may be chosen here."
+        )
+        return (
+            f"{data.description} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
+            f"over seeds; differences inside the spread mean nothing. {chosen} {protocol_note(self.plan.recipe)}"
+        )
+
+    def text(self) -> str:
+        """Return the table for a terminal."""
+        return f"{self.title}\n\n{as_text(*self._cells())}\n\n{self.caption}"
+
+    def markdown(self) -> str:
+        """Return the table as Markdown."""
+        return f"## {self.title}\n\n{as_markdown(*self._cells())}\n\n{self.caption}\n"
+
+    def csv(self) -> str:
+        """Return one line for every point."""
+        return as_csv(
+            [
+                {"pair": pair, "row": title, **point, "n": figures.n, "last_mean": figures.mean, "last_sd": figures.sd}
+                for pair, title, point, figures, _ in self._entries()
+            ]
+        )
+
+    def series(self) -> tuple[str, tuple[Any, ...], dict[str, list[Spread]]]:
+        """Return the option on the horizontal axis, its values, and the accuracies by label of a line."""
+        axis = self.axes[0]
+        lines: dict[str, list[Spread]] = {}
+        pairs = len({str(cell.pair) for cell in self.plan.cells}) > 1
+        for pair, title, point, figures, _ in self._entries():
+            others = [f"{path}={value}" for path, value in point.items() if path != axis.path]
+            label = ", ".join([title, *([pair] if pairs else []), *others])
+            places = lines.setdefault(label, [Spread(()) for _ in axis.values])
+            if axis.path in point:
+                places[axis.values.index(point[axis.path])] = figures
+            else:
+                lines[label] = [figures] * len(axis.values)  # a row that the option does not belong to: a level line
+        return axis.path, axis.values, lines

@@ -1,0 +1,191 @@
+"""Teachers: found in a store, imported from a file, or trained; always read back from the file before a student sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distillzoo.bench.environment import describe_environment
+from distillzoo.bench.networks import count_parameters, make_network
+from distillzoo.bench.plan import TeacherJob
+from distillzoo.bench.recording import metrics_line, save_weights
+from distillzoo.bench.records import Record, RecordStore, file_sha256
+from distillzoo.bench.training import GroupTask
+from distillzoo.build import build_distiller
+from distillzoo.distiller import Distiller
+from distillzoo.engine import MemberResult, StepReport, evaluate
+from distillzoo.errors import OptionError, RecordError
+from distillzoo.models import load_weights
+
+__all__ = ["StoredTeacher", "TeacherStore"]
+
+_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class StoredTeacher:
+    """A teacher on disk.
+
+    Args:
+        id: Its id.
+        name: Name of the network.
+        path: File of its weights.
+        accuracy: Top-1 of the stored weights on the evaluation images, per cent.
+        parameters: Number of its parameters.
+    """
+
+    id: str
+    name: str
+    path: Path
+    accuracy: float
+    parameters: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a student's record says of its teacher."""
+        return {"id": self.id, "name": self.name, "accuracy": self.accuracy, "parameters": self.parameters}
+
+
+class TeacherStore:
+    """Teachers in the output folder, and in folders that are only read (those committed with the project).
+
+    Args:
+        store: The records of the output folder.
+        committed: Folders with one folder a teacher.
+    """
+
+    def __init__(self, store: RecordStore, committed: Sequence[Path] = ()) -> None:
+        self.store = store
+        self.committed = tuple(committed)
+        self._found: dict[str, StoredTeacher] = {}
+
+    def find(self, job: TeacherJob) -> StoredTeacher | None:
+        """Return a teacher that is there and undamaged, ``None`` otherwise; a damaged one is set aside."""
+        if job.id in self._found:
+            return self._found[job.id]
+        for root in self.committed:
+            record = Record(root / job.id, "manifest.json")
+            try:
+                found = self._read(record, record.read_result())
+            except RecordError as error:
+                self.store.say(f"The teacher in {record.path} is damaged ({error}) and is not used.")
+                continue
+            if found is not None:
+                return self._found.setdefault(job.id, found)
+        record = self.store.teacher(job.id)
+        try:
+            found = self._read(record, self.store.result(record))
+        except RecordError as error:
+            self.store.quarantine(record, str(error))
+            return None
+        return found if found is None else self._found.setdefault(job.id, found)
+
+    @staticmethod
+    def _read(record: Record, manifest: dict[str, Any] | None) -> StoredTeacher | None:
+        if manifest is None:
+            return None
+        path = record.path / _WEIGHTS
+        if not path.is_file():
+            raise RecordError(f"{_WEIGHTS} is missing")
+        if file_sha256(path) != manifest["sha256"]:
+            raise RecordError(f"{_WEIGHTS} is not the file that was written")
+        return StoredTeacher(record.id, manifest["network"], path, manifest["accuracy"], manifest["parameters"])
+
+    def load(self, job: TeacherJob) -> nn.Module:
+        """Return the stored teacher's network."""
+        found = self.find(job)
+        if found is None:
+            raise RecordError(f"The teacher {job.name} ({job.id}) is not stored.")
+        return load_weights(make_network(job.name, job.data, job.seed, "teacher"), found.path)
+
+    def check_import(self, job: TeacherJob) -> None:
+        """Refuse a checkpoint that does not fit, before anything is written.
+
+        Raises:
+            OptionError: If the file is of another network or another number of classes.
+        """
+        self._imported(job)
+
+    @staticmethod
+    def _imported(job: TeacherJob) -> nn.Module:
+        network = make_network(job.name, job.data, job.seed, "teacher")
+        try:
+            return load_weights(network, str(job.checkpoint))
+        except OptionError as error:
+            raise OptionError(
+                f"--teacher-checkpoint: {str(error).rstrip('.')}; it must be a {job.name} with {job.data.spec.num_classes} classes."
+            ) from error
+
+    def make(self, job: TeacherJob, device: torch.device, advance: Callable[[StepReport], None]) -> StoredTeacher | None:
+        """Import or train a teacher and store it; ``None`` if it diverged or failed.
+
+        Args:
+            job: The teacher.
+            device: Where it trains.
+            advance: Told of every step.
+        """
+        record = self.store.teacher(job.id)
+        if job.checkpoint is not None:
+            record.begin({"method": "imported", **job.identity}, describe_environment(device))
+            self._finish(job, record, self._imported(job), device, {}, "float32")
+            return self.find(job)
+
+        def begin(_: str) -> None:
+            record.begin({"method": "vanilla", **job.identity}, describe_environment(device))
+
+        def finish(_: str, result: MemberResult, network: nn.Module | None) -> None:
+            if network is None:
+                self.store.say(f"The teacher {job.name} {result.status}: {result.message}.")
+                return
+            digest = record.write_metrics([metrics_line(report) for report in result.history])
+            seconds = sum(report.seconds for report in result.history)
+            images = (job.data.spec.num_samples or 0) * len(result.history)
+            speed = {"seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1) if seconds else None}
+            record.write_json("env.json", {**describe_environment(device), **speed})
+            figures = {
+                "trained_accuracy": result.last_accuracy,
+                "best_accuracy": result.best_accuracy,
+                "epochs": result.epochs,
+                "metrics_sha256": digest,
+            }
+            self._finish(job, record, network, device, figures, job.identity["storage"])
+
+        self.task(job, device).run(self.store, begin, advance, finish)
+        return self.find(job)
+
+    def task(self, job: TeacherJob, device: torch.device) -> GroupTask:
+        """Return the training of a teacher: a group of one that learns from the labels alone."""
+
+        def build() -> dict[str, Distiller]:
+            network = make_network(job.name, job.data, job.seed, "teacher")
+            return {job.id: build_distiller("vanilla", network, data=job.data.spec, seed=job.seed)}
+
+        return GroupTask(build, None, job.data, job.config, job.seed, device, {job.id: self.store.teacher(job.id)})
+
+    @staticmethod
+    def _finish(
+        job: TeacherJob, record: Record, network: nn.Module, device: torch.device, figures: dict[str, Any], storage: str
+    ) -> None:
+        """Store the weights, read them back, and write down the accuracy of what was read."""
+        save_weights(record, _WEIGHTS, network, storage)
+        path = record.path / _WEIGHTS
+        stored = load_weights(make_network(job.name, job.data, job.seed, "teacher"), path).to(device)
+        loader = job.data.eval_loader(job.config.eval_batch_size, device=device)
+        accuracy, loss = evaluate(stored, loader, job.config, device)
+        record.finish(
+            {
+                "identity": job.identity,
+                "network": job.name,
+                "data": job.data.description,
+                "accuracy": accuracy,
+                "loss": loss,
+                "parameters": count_parameters(stored),
+                "storage": storage,
+                "sha256": file_sha256(path),
+                **figures,
+            }
+        )
