@@ -11,6 +11,9 @@ import pytest
 from docutils.core import publish_doctree
 from docutils.utils import SystemMessage
 
+from distillzoo.bench.cli import main
+from distillzoo.bench.recipe import load_recipe
+from distillzoo.bench.rows import load_table, select_rows
 from distillzoo.distiller import Distiller
 from distillzoo.registry import DISTILLERS
 
@@ -38,9 +41,9 @@ def matches(path: Path, pattern: re.Pattern[str]) -> list[str]:
     return [f"{where}:{number}: {line.strip()[:120]}" for number, line in enumerate(lines, 1) if pattern.search(line)]
 
 
-def python_blocks(text: str) -> list[tuple[int, str]]:
-    """The Python code of a page with the line each block starts at."""
-    pattern = re.compile(r"^\.\. code(?:-block)?:: python\n\n((?:[ ]+.*\n|\n)+)", re.MULTILINE)
+def code_blocks(text: str, language: str = "python") -> list[tuple[int, str]]:
+    """The code of a page with the line each block starts at."""
+    pattern = re.compile(rf"^\.\. code(?:-block)?:: {language}\n\n((?:[ ]+.*\n|\n)+)", re.MULTILINE)
     return [(text[: match.start(1)].count("\n") + 1, inspect.cleandoc("\n" + match.group(1))) for match in pattern.finditer(text)]
 
 
@@ -64,15 +67,15 @@ def test_plain_docutils_accepts(name):
 def test_python_of_a_page_runs(page, monkeypatch):
     monkeypatch.setattr(DISTILLERS, "_items", dict(DISTILLERS._items))  # what a page registers is gone after it
     names: dict[str, object] = {"__name__": "__page__"}
-    for line, block in python_blocks(page.read_text(encoding="utf-8")):
+    for line, block in code_blocks(page.read_text(encoding="utf-8")):
         padded = "\n" * (line - 1) + block  # so that a traceback has the page's line
         exec(compile(padded, str(page), "exec"), names)
 
 
 def test_blocks_are_found():
-    assert len(python_blocks((ROOT / "README.rst").read_text(encoding="utf-8"))) == 2
+    assert len(code_blocks((ROOT / "README.rst").read_text(encoding="utf-8"))) == 2
     text = "A\n\n.. code:: python\n\n    x = 1\n\n    y = 2\n\nB\n\n.. code-block:: bash\n\n    ls\n"
-    assert python_blocks(text) == [(5, "x = 1\n\ny = 2")]
+    assert code_blocks(text) == [(5, "x = 1\n\ny = 2")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -81,6 +84,26 @@ def test_readme_gives_the_command_once(command):
     assert text.count(command) == 1
     assert re.search(rf"^ +{re.escape(command)}$", text, re.MULTILINE)
     assert len(re.findall(r"pip install", text)) == len(COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_of_the_command_line_exist(page, capsys):
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)(?![\w.-])", re.sub(r"sphinx .*", "", text)))
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert named <= set(re.findall(r"--([a-z][a-z-]*)", capsys.readouterr().out))
+
+
+def test_recipes_of_the_guide_are_recipes(tmp_path):
+    text = (ROOT / "docs" / "guide" / "benchmarks.rst").read_text(encoding="utf-8")
+    blocks = code_blocks(text, "yaml")
+    assert blocks
+    for _, block in blocks:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(block, encoding="utf-8")
+        recipe = load_recipe(file)
+        select_rows(load_table(recipe.table or recipe.dataset), recipe)
 
 
 def test_changelog_has_an_unreleased_section_that_speaks_of_results():

@@ -26,7 +26,7 @@ def public_objects() -> Iterator[tuple[str, Any]]:
     """Every public class and function, once, by the module that defines it; and the classes' public methods."""
     for module in map(importlib.import_module, MODULES):
         for name in getattr(module, "__all__", ()):
-            item = getattr(module, name)
+            item = getattr(module, name, None)
             if (inspect.isclass(item) or inspect.isfunction(item)) and item.__module__ == module.__name__:
                 yield f"{module.__name__}.{name}", item
 

@@ -123,7 +123,8 @@ def shown(weight: Weight | None) -> str:
 def needs(name: str) -> list[str]:
     """Return the section on what a distiller with the default options asks of the loop and adds to the student."""
     lines = heading("What it needs", "-")
-    data = DataSpec(CLASSES, (SIZE, SIZE), num_samples=10 * CLASSES, targets=torch.arange(CLASSES).repeat(10))
+    labels = torch.arange(50_000) % CLASSES  # as many as a common training set has: memories and negatives as in real use
+    data = DataSpec(CLASSES, (SIZE, SIZE), num_samples=len(labels), targets=labels)
     student, teacher = (create_model(network, num_classes=CLASSES) for network in (STUDENT, TEACHER))
     try:
         distiller = build_distiller(name, student, teacher, data=data, seed=0)
