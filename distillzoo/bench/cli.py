@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,20 +45,40 @@ def main(arguments: Sequence[str], *, teacher_folders: Sequence[Path] = (), cons
     """
     console = console or Console()
     try:
-        options = parse_options(arguments)
-        if options.action == "list":
-            console.say(_listing())
-            return DONE
-        if options.action == "smoke":
-            with tempfile.TemporaryDirectory(prefix="distillzoo-smoke-") as folder:
-                return _Command(replace(options, output=Path(folder)), (), console).run()
-        return _Command(options, teacher_folders, console).run()
+        with _short_warnings(console):
+            return _dispatch(parse_options(arguments), teacher_folders, console)
     except DistillZooError as error:
-        console.warn(f"run_table.py: {' '.join(str(error).split())}")
+        sentence = " ".join(str(error).split())
+        console.warn(f"run_table.py: {sentence[:1].upper()}{sentence[1:]}")
         return WRONG_INPUT
     except KeyboardInterrupt:
         console.warn("Interrupted. The same command again goes on from the last checkpoints.")
         return INTERRUPTED
+
+
+def _dispatch(options: Options, teacher_folders: Sequence[Path], console: Console) -> int:
+    if options.action == "list":
+        console.say(_listing())
+        return DONE
+    if options.action == "smoke":
+        with tempfile.TemporaryDirectory(prefix="distillzoo-smoke-") as folder:
+            return _Command(replace(options, output=Path(folder)), (), console).run()
+    return _Command(options, teacher_folders, console).run()
+
+
+@contextmanager
+def _short_warnings(console: Console) -> Iterator[None]:
+    """Show every warning once, as a line, in place of Python's two lines a place."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            console.warn(f"Note: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 class _Command:

@@ -130,6 +130,8 @@ class Recipe:
 
 _CONFIG_FIELDS = tuple(item.name for item in fields(TrainConfig))
 _RECIPE_FIELDS = tuple(item.name for item in fields(Recipe))
+# Never handed to jsonargparse: where the type is Any it would import and construct what a mapping names.
+_FREE_FIELDS = ("data", "student_overrides", "teacher_overrides", "options", "weights")
 
 
 def check_list(name: str, values: Sequence[object]) -> None:
@@ -190,12 +192,30 @@ def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe
         OptionError: If a field is unknown (near matches are listed), missing or wrong.
     """
     _check_keys(values, _RECIPE_FIELDS, source)
+    _refuse_objects(values, source)
     for required in ("name", "dataset", "pairs", "teacher", "student"):
         if required not in values:
             raise OptionError(f"{source} lacks the field {required!r}; it needs name, dataset, pairs, teacher and student.")
     for who in ("teacher", "student"):
         _check_keys(values[who], _CONFIG_FIELDS, f"{source}, {who}")
-    return Recipe(**_typed(Recipe, values, "recipe"))
+    free = {key: value for key, value in values.items() if key in _FREE_FIELDS}
+    for key, value in free.items():
+        if not isinstance(value, Mapping) or any(key.endswith("_overrides") and not isinstance(v, Mapping) for v in value.values()):
+            raise OptionError(f"The field {key!r} of {source} must be a mapping of names to values; got {value!r}.")
+    typed = _typed(Recipe, {key: value for key, value in values.items() if key not in free}, "recipe")
+    return Recipe(**{**typed, **copy.deepcopy(free)})
+
+
+def _refuse_objects(value: object, source: str) -> None:
+    """Refuse what jsonargparse would read as an object to import and construct, at any depth."""
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            raise OptionError(f"{source} is refused: {value['class_path']!r} would construct an object; only plain data is read.")
+        for item in value.values():
+            _refuse_objects(item, source)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_objects(item, source)
 
 
 def list_recipes() -> list[str]:

@@ -20,6 +20,7 @@ from distillzoo.errors import OptionError, RecordError
 __all__ = ["Record", "RecordStore", "canonical_json", "content_id"]
 
 ID_LENGTH = 16
+_GUARDED = ("recipe.yaml", "metrics.jsonl", "student.safetensors", "model.safetensors")
 
 
 def canonical_json(value: object) -> str:
@@ -101,11 +102,9 @@ class Record:
         """Write a JSON file atomically."""
         self.write_text(name, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
-    def write_metrics(self, lines: Sequence[Mapping[str, object]]) -> str:
-        """Write ``metrics.jsonl`` whole and return its SHA-256."""
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        self.write_text("metrics.jsonl", text)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def write_metrics(self, lines: Sequence[Mapping[str, object]]) -> None:
+        """Write ``metrics.jsonl`` whole."""
+        self.write_text("metrics.jsonl", "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Write ``last.pt``."""
@@ -131,8 +130,9 @@ class Record:
         return state
 
     def finish(self, result: Mapping[str, object]) -> None:
-        """Write the result, last of all files, and drop the checkpoint."""
-        body = {"id": self.id, **result}
+        """Write the result with the digests of the other files, last of all, and drop the checkpoint."""
+        digests = {name: file_sha256(self.path / name) for name in _GUARDED if (self.path / name).is_file()}
+        body = {"id": self.id, **result, "files": digests}
         self.write_json(self.result_path.name, {**body, "checksum": content_id(body)})
         self.drop_checkpoint()
 
@@ -144,7 +144,8 @@ class Record:
         """Return the result, ``None`` where the run is not finished.
 
         Raises:
-            RecordError: If the file is no JSON, was changed by hand, or is of another run.
+            RecordError: If the file is no JSON, is of another run, or it or a file beside it was changed by hand. A file that
+                is missing is no damage: committed records leave the weights out.
         """
         if not self.result_path.exists():
             return None
@@ -163,9 +164,9 @@ class Record:
             raise RecordError(f"{self.result_path.name} belongs to another run")
         if found.get("checksum") != checksum:
             raise RecordError(f"{self.result_path.name} was changed after it was written")
-        metrics = self.path / "metrics.jsonl"
-        if metrics.exists() and file_sha256(metrics) != body.get("metrics_sha256"):
-            raise RecordError("metrics.jsonl was changed after it was written")
+        for name, digest in body.get("files", {}).items():
+            if (self.path / name).is_file() and file_sha256(self.path / name) != digest:
+                raise RecordError(f"{name} was changed after it was written")
         return body
 
 
@@ -228,6 +229,8 @@ class RecordStore:
 
     def quarantine(self, record: Record, reason: str) -> None:
         """Move a record to ``quarantine/`` and say so."""
+        if record.path in self._ignored:
+            return
         if self.readonly:
             self._ignored.add(record.path)
             self.say(f"The record {record.path} is damaged: {reason}. The next run sets it aside and makes it again.")

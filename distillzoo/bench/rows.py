@@ -162,7 +162,7 @@ def select_rows(table: TableSpec, recipe: Recipe) -> tuple[Row, ...]:
     if names is None:
         chosen = list(table.rows)
     elif names == ("all",):
-        chosen = [known.get(name) or Row(name, name, name) for name in _all_names(table)]
+        chosen = [known.get(name) or _plain_row(name) for name in _all_names(table)]
     else:
         check_list("methods", names)
         chosen = [known.get(name) or _registered(name, known) for name in names]
@@ -194,10 +194,14 @@ def _all_names(table: TableSpec) -> list[str]:
 
 def _registered(name: str, rows: Mapping[str, Row]) -> Row:
     try:
-        resolve_distiller(name)
+        return _plain_row(name)
     except UnknownNameError:
         known = sorted({*rows, *list_distillers()})
         raise UnknownNameError(
             unknown_name("method", name, known, listed="Rows of this table and registered names") + " 'all' runs every one."
         ) from None
-    return Row(name, name, name)
+
+
+def _plain_row(name: str) -> Row:
+    """Return the row of a method that the table does not list, under the paper's spelling of its name."""
+    return Row(name, " + ".join(cls.__name__ for cls in resolve_distiller(name).values()), name)

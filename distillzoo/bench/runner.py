@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -157,6 +158,7 @@ class SerialRunner:
             self._finish(runs[run_id], result, student, described)
 
         task = student_task(group, teacher, self.device, records)
+        self._started = time.monotonic()
         advance = _advancer(meter, label, costs.shared(group), costs.member(group))
         task.run(self.store, begin, advance, finish)
 
@@ -165,7 +167,7 @@ class SerialRunner:
         if result.status == "failed":  # not a result: memory ran out, say; the next call tries again
             self._failed(run.id, f"{run.row.title} on {run.pair}, seed {run.seed}, failed: {result.message}")
             return
-        digest = record.write_metrics([metrics_line(report) for report in result.history])
+        record.write_metrics([metrics_line(report) for report in result.history])
         seconds = sum(report.seconds for report in result.history)
         images = (run.data.spec.num_samples or 0) * len(result.history)
         record.write_json(
@@ -174,6 +176,7 @@ class SerialRunner:
                 **describe_environment(self.device),
                 "group_seconds": round(seconds, 3),
                 "group_size": max((report.group_size for report in result.history), default=0),
+                "wall_seconds_of_last_call": round(time.monotonic() - self._started, 3),
                 "group_images_per_second": round(images / seconds, 1) if seconds else None,
             },
         )
@@ -194,7 +197,6 @@ class SerialRunner:
                 "parameters": None if student is None else count_parameters(student),
                 "teacher": teacher if run.teacher is not None else None,
                 "data": run.data.description,
-                "metrics_sha256": digest,
             }
         )
 

@@ -148,7 +148,7 @@ class SweepView:
     @property
     def title(self) -> str:
         """Title of the table and the plot."""
-        return f"{self.plan.table.title}: {' x '.join(axis.path for axis in self.axes)}"
+        return f"{self.plan.recipe.dataset}: {' x '.join(axis.path for axis in self.axes)}"
 
     def _entries(self) -> list[tuple[str, str, dict[str, Any], Spread, int]]:
         """Return pair, row title, point, accuracies and number of seeds asked for, in order."""

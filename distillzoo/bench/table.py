@@ -170,7 +170,8 @@ def make_table(plan: Plan, results: Results, teacher_info: TeacherInfo, reasons:
                 )
             )
         blocks.append(Block(pair, tuple(lines), _caption(plan, cells, results, teacher_info, reasons or {})))
-    return Table(plan.table.title, title, plan.table.baseline, tuple(blocks))
+    heading = plan.table.title if plan.table.name == plan.recipe.dataset else plan.recipe.dataset
+    return Table(heading, title, plan.table.baseline, tuple(blocks))
 
 
 def _figures(cells: list[Cell], results: Results, key: str) -> dict[int, float]:

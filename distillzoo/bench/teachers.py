@@ -141,7 +141,7 @@ class TeacherStore:
             if network is None:
                 self.store.say(f"The teacher {job.name} {result.status}: {result.message}.")
                 return
-            digest = record.write_metrics([metrics_line(report) for report in result.history])
+            record.write_metrics([metrics_line(report) for report in result.history])
             seconds = sum(report.seconds for report in result.history)
             images = (job.data.spec.num_samples or 0) * len(result.history)
             speed = {"seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1) if seconds else None}
@@ -150,7 +150,6 @@ class TeacherStore:
                 "trained_accuracy": result.last_accuracy,
                 "best_accuracy": result.best_accuracy,
                 "epochs": result.epochs,
-                "metrics_sha256": digest,
             }
             self._finish(job, record, network, device, figures, job.identity["storage"])
 
