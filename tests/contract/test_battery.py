@@ -143,7 +143,8 @@ SOUND = [Base, TwoPhases, Bank, SecondView, StreamNoise, Restructuring, Refusing
 
 @pytest.mark.parametrize("method", SOUND, ids=lambda method: method.__name__)
 def test_a_sound_distiller_passes_every_point(method):
-    check_distiller(method)
+    like_base = method in (TwoPhases, Refusing, Prepared)  # what they add is not in forward
+    check_distiller(method, skip={"check_compile": "traced with Base"} if like_base else {})
 
 
 # --------------------------------------------------------------------------------------------------- broken distillers
