@@ -3,10 +3,14 @@
 import math
 
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 from distillzoo import build_distiller
 from distillzoo.types import Stage
+
+UNHURRIED = settings(deadline=None, max_examples=50)
+"""For property tests: a busy machine is no failure."""
 
 
 def sine(*shape: int, alpha: float, delta: float = 0.0, scale: float = 1.0) -> Tensor:

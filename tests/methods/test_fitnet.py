@@ -28,6 +28,7 @@ def test_gradient():
     oracles.check_teacher_is_constant(hint_loss, oracles.wide_student_map(), teacher)
 
 
+@oracles.UNHURRIED
 @given(st.floats(-5.0, 5.0), st.permutations(range(4)))
 def test_property_quadratic_in_the_scale_and_blind_to_the_order(scale, order):
     student, teacher = oracles.wide_student_map(), oracles.teacher_map()
@@ -180,7 +181,7 @@ def test_the_hint_pairs_from_the_deep_end(student, teacher, number, pair):
     oracles.check_two_steps(built)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(oracles.UNHURRIED, max_examples=8)
 @given(st.integers(1, 4), st.integers(1, 4))
 def test_property_any_two_numbers_of_stages_train(student, teacher):
     oracles.check_two_steps(

@@ -46,6 +46,7 @@ def test_gradcheck_by_mean_and_variance():
     oracles.check_teacher_is_constant(lambda s, t: vid_loss(s, t, VARIANCES), oracles.wide_student_map(), teacher)
 
 
+@oracles.UNHURRIED
 @given(st.floats(0.1, 10.0), st.permutations(range(4)), st.permutations(range(5)))
 def test_property_scale_order_and_best_variance(scale, order, channels):
     student, teacher = oracles.wide_student_map(), oracles.teacher_map()
