@@ -385,3 +385,19 @@ def test_a_tap_of_ones_own_does_not_spoil_the_others():
     made.add_tap("stem", "stem")
     made.request("last.pre")
     assert (made(IMAGES).features["stage3.pre"] < 0).any()
+
+
+def test_measuring_puts_back_a_buffer_that_a_forward_in_eval_mode_writes():
+    class Counts(Plain):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return super().forward(x)
+
+    made = Tapped(Counts(), DATA)
+    assert made.module.calls == 0
+    made(IMAGES)
+    assert made.module.calls == 1

@@ -74,7 +74,14 @@ class TinyNet(nn.Module):
 
 
 class TinyTeacher(TinyNet):
-    """A :class:`TinyNet` of another class than the student, and wider, whose norms have seen data."""
+    """A :class:`TinyNet` of another class than the student, and wider, whose norms have seen data.
+
+    Args:
+        widths: Channels of each stage.
+        blocks: Blocks of each stage.
+        stem_stride: Stride of the stem.
+        num_classes: Width of the logits.
+    """
 
     def __init__(self, widths: Sequence[int] = (6, 8, 12), *, blocks: int = 1, stem_stride: int = 1, num_classes: int = 5) -> None:
         super().__init__(widths, blocks=blocks, stem_stride=stem_stride, num_classes=num_classes)
