@@ -83,6 +83,7 @@ class Tapped:
 
     Attributes:
         module: The network.
+        data: Size and channels of the images that it was measured with.
         stages: Its stages, shallow to deep.
         shapes: Shape of every tap as it is handed out, without the batch dimension: ``(C, H, W)`` or ``(D,)``.
         num_classes: Width of the logits.
@@ -103,7 +104,7 @@ class Tapped:
     ) -> None:
         self.module = module
         self.role = role
-        self._data = data
+        self.data = data
         self.restructured: list[str] = []
         self._claimed = False
         self._recorder = _Recorder()
@@ -206,7 +207,7 @@ class Tapped:
         self.submodule(path)
         self._taps[name] = (path, layout)
         try:
-            self._measure(Probe(self.module, self._data))
+            self._measure(Probe(self.module, self.data))
         except TapError:
             del self._taps[name]
             raise
