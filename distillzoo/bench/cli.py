@@ -49,7 +49,7 @@ def main(arguments: Sequence[str], *, teacher_folders: Sequence[Path] = (), cons
             return _dispatch(parse_options(arguments), teacher_folders, console)
     except DistillZooError as error:
         sentence = " ".join(str(error).split())
-        console.warn(f"run_table.py: {sentence[:1].upper()}{sentence[1:]}")
+        console.warn(f"run_table.py: {sentence}")
         return WRONG_INPUT
     except KeyboardInterrupt:
         console.warn("Interrupted. The same command again goes on from the last checkpoints.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -151,7 +152,7 @@ def _overridden(config: TrainConfig, overrides: Mapping[str, Mapping[str, Any]],
     """Apply every pattern that fits the model, in order."""
     for pattern, values in overrides.items():
         if fnmatchcase(model, pattern):
-            config = replace(config, **_typed(TrainConfig, {**asdict(config), **values}, "override")) if values else config
+            config = replace(config, **_typed(TrainConfig, {**asdict(config), **values}, "an override")) if values else config
     return config
 
 
@@ -177,12 +178,17 @@ def _typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
         parsed = parser.parse_object({"it": dict(values)}, env=False)
         made = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError) as error:
-        text = " ".join(str(error).split()).replace('Parser key "it.', f'field "{where}.').replace("it.", "")
-        raise OptionError(f"A wrong value: {text.rstrip('.')}; correct it.") from error
+        raise OptionError(f"{where[0].upper()}{where[1:]} has a wrong value: {_readable(str(error))}; correct it.") from error
     return {item.name: getattr(made.it, item.name) for item in fields(cls)}
 
 
-def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
+def _readable(message: str) -> str:
+    """Take the parser's own names and Python's brackets out of a message of jsonargparse."""
+    text = " ".join(message.split()).replace('Parser key "it.', 'the field "').replace("it.", "").rstrip(".")
+    return re.sub(r"<class '(\w+)'>|typing\.", r"\1", text).replace("Expected a ", "expected ").replace(". Got value:", "; got")
+
+
+def make_recipe(values: Mapping[str, Any], source: str = "The recipe") -> Recipe:
     """Build a recipe from plain data; every field is checked against its type.
 
     Args:
@@ -191,17 +197,19 @@ def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe
     Raises:
         OptionError: If a field is unknown (near matches are listed), missing or wrong.
     """
-    _check_keys(values, _RECIPE_FIELDS, source)
+    _check_keys(values, _RECIPE_FIELDS, source[0].lower() + source[1:])
     _refuse_objects(values, source)
     for required in ("name", "dataset", "pairs", "teacher", "student"):
         if required not in values:
             raise OptionError(f"{source} lacks the field {required!r}; it needs name, dataset, pairs, teacher and student.")
     for who in ("teacher", "student"):
-        _check_keys(values[who], _CONFIG_FIELDS, f"{source}, {who}")
+        _check_keys(values[who], _CONFIG_FIELDS, f"{source[0].lower()}{source[1:]}, {who}")
     free = {key: value for key, value in values.items() if key in _FREE_FIELDS}
     for key, value in free.items():
         if not isinstance(value, Mapping) or any(key.endswith("_overrides") and not isinstance(v, Mapping) for v in value.values()):
-            raise OptionError(f"The field {key!r} of {source} must be a mapping of names to values; got {value!r}.")
+            raise OptionError(
+                f"The field {key!r} of {source[0].lower()}{source[1:]} must be a mapping of names to values; got {value!r}."
+            )
     typed = _typed(Recipe, {key: value for key, value in values.items() if key not in free}, "recipe")
     return Recipe(**{**typed, **copy.deepcopy(free)})
 
@@ -266,7 +274,7 @@ def load_recipe(path: Path) -> Recipe:
     values = read_yaml(path)
     if not isinstance(values, Mapping):
         raise OptionError(f"The recipe {str(path)!r} must be a mapping of fields; got {type(values).__name__}.")
-    return make_recipe(values, f"the recipe {path.stem!r}")
+    return make_recipe(values, f"The recipe {path.stem!r}")
 
 
 def apply_override(recipe: Recipe, path: str, value: Any) -> Recipe:

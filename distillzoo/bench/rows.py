@@ -144,7 +144,7 @@ def _make_row(key: str, value: Any, where: str) -> Row:
 
 def _check_fields(found: Any, known: Sequence[str], where: str) -> None:
     if not isinstance(found, Mapping):
-        raise OptionError(f"{where} must be a mapping of fields; got {found!r}.")
+        raise OptionError(f"{where[0].upper()}{where[1:]} must be a mapping of fields; got {found!r}.")
     for key in found:
         if key not in known:
             raise OptionError(unknown_name(f"field of {where}", str(key), known, listed="Its fields are"))

@@ -21,7 +21,7 @@ from distillzoo.bench.teachers import TeacherStore
 from distillzoo.bench.training import forward_cost, student_task
 from distillzoo.data import DataSet
 from distillzoo.engine import MemberResult, StepReport, TrainConfig
-from distillzoo.errors import DistillZooError, UnsupportedPairError
+from distillzoo.errors import DistillZooError, OptionError, UnsupportedPairError
 
 __all__ = ["SerialRunner", "check_groups"]
 
@@ -69,6 +69,9 @@ def _problem(group: Group, run: Run, lenient: bool) -> str | None:
         if not lenient:
             raise
         return str(error)
+    except TypeError as error:  # an option of a type that the method's own checks cannot even compare
+        options = run.row.settings(group.pair)[0]
+        raise OptionError(f"The method {run.row.method!r} refuses its options {options} ({error}); correct their types.") from error
     return None
 
 
@@ -111,8 +114,8 @@ class SerialRunner:
         step = costs.forward(job.name, job.data, job.config) * (1 + _BACKWARD)
         try:
             found = self.teachers.make(job, self.device, _advancer(meter, f"teacher {job.name}", 0.0, step))
-        except (DistillZooError, RuntimeError, OSError) as error:
-            _LOG.debug("teacher %s", job.id, exc_info=True)
+        except Exception as error:  # the groups of other teachers go on
+            _LOG.error("teacher %s", job.id, exc_info=not isinstance(error, DistillZooError | OSError))
             self._failed(job.id, f"The teacher {job.name} could not be made ({type(error).__name__}: {error})")
             return
         if found is None:
@@ -135,8 +138,8 @@ class SerialRunner:
         label = f"{group.pair} seed {group.seed}, {len(runs)} method{'s' if len(runs) > 1 else ''}"
         try:
             self._train(group, label, costs, meter)
-        except (DistillZooError, RuntimeError, OSError) as error:
-            _LOG.debug("group %s", label, exc_info=True)
+        except Exception as error:  # whatever went wrong in it, the other groups go on
+            _LOG.error("group %s", label, exc_info=not isinstance(error, DistillZooError | OSError))
             for run in runs:
                 self.failures.setdefault(run.id, str(error))
             self.console.warn(f"The group {label} failed ({type(error).__name__}: {error}); the other records stand.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +117,9 @@ class TeacherStore:
         try:
             return load_weights(network, str(job.checkpoint))
         except OptionError as error:
+            reason = textwrap.shorten(str(error).rstrip("."), 240, placeholder=" ...")
             raise OptionError(
-                f"--teacher-checkpoint: {str(error).rstrip('.')}; it must be a {job.name} with {job.data.spec.num_classes} classes."
+                f"--teacher-checkpoint: {reason}; it must hold weights of a {job.name} with {job.data.spec.num_classes} classes."
             ) from error
 
     def make(self, job: TeacherJob, device: torch.device, advance: Callable[[StepReport], None]) -> StoredTeacher | None:

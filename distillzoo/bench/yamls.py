@@ -60,8 +60,10 @@ def load_yaml(text: str, source: str) -> Any:
     except _DuplicateKeyError as error:
         raise OptionError(f"{source} is refused: {error}.") from error
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise OptionError(f"{source} is not valid YAML ({reason}); correct the file.") from error
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f" in line {mark.line + 1}"
+        reason = getattr(error, "problem", None) or type(error).__name__
+        raise OptionError(f"{source} is not valid YAML{place} ({reason}); correct it.") from error
 
 
 def parse_scalar(text: str) -> Any:
