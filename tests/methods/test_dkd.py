@@ -172,6 +172,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
 
 def test_soft_targets_and_bad_options_are_refused():
     distiller = oracles.tiny_pair("dkd")
+    assert distiller.requires.hard_labels
     images, targets = oracles.tiny_batch()
     with pytest.raises(OptionError, match="mixing"):
         distiller(images, torch.nn.functional.one_hot(targets, 5).float())

@@ -155,6 +155,15 @@ def test_single_precision_far_from_the_origin():
         assert loss(moved, teacher.float()).item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_single_precision_of_neighbours():
+    """Samples ten thousand times nearer than the spread: their angles are differences of nearly equal inner products."""
+    student, teacher = oracles.sine(8, 6, alpha=0.9).float(), oracles.sine(8, 6, alpha=0.5)
+    student[1] = student[0] + 1e-4 * torch.arange(6.0).cos()
+    student[3] = student[2] - 1e-4 * torch.arange(6.0).sin()
+    for loss in LOSSES:
+        assert loss(student, teacher.float()).item() == pytest.approx(loss(student.double(), teacher).item(), abs=1e-6)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", [(3, 6), (4, 6, 1), (4,)])
 def test_other_shapes_are_refused(loss, shape):
