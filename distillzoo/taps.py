@@ -21,55 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from distillzoo.errors import OptionError, ShapeError, TapError, near_matches
-from distillzoo.stages import Probe, classifier_input, find_stages, resolve_stages, split_path, to_features
+from distillzoo.stages import Probe, classifier_input, find_stages, resolve_stages, split_path
+from distillzoo.stages.layouts import as_view, pooled_view
+from distillzoo.stages.own_view import OwnView
+from distillzoo.stages.recording import ActivationHook, ActivationWatch, Hook, InputHook, OutputHook, Recorder
 from distillzoo.types import Batch, DataSpec, Layout, Stage, Trace
 
 __all__ = ["Tapped", "Teacher", "pair_from_deep_end", "remove_hooks"]
-
-
-class _Recorder:
-    """What the hooks of one :class:`Tapped` write to, during its own passes only."""
-
-    def __init__(self) -> None:
-        self.active = False
-        self.values: dict[str, Tensor] = {}
-        self.versions: dict[str, int] = {}
-
-    def start(self) -> None:
-        self.values, self.versions, self.active = {}, {}, True
-
-    def stop(self) -> None:
-        self.values, self.versions, self.active = {}, {}, False
-
-    def record(self, name: str, value: Any, clone: bool) -> None:
-        if isinstance(value, tuple | list):
-            value = next((item for item in value if isinstance(item, Tensor)), None)
-        if not isinstance(value, Tensor):
-            raise TapError(f"The tap {name!r} saw a {type(value).__name__}; a tap needs a module that takes or returns one tensor.")
-        self.values[name] = value.clone() if clone else value
-        if not torch.compiler.is_compiling():
-            self.versions[name] = self.values[name]._version
-
-
-class _Hook:
-    """Forward hook or forward pre-hook that hands one tensor to a recorder."""
-
-    def __init__(self, recorder: _Recorder, name: str, *, clone: bool) -> None:
-        self.recorder = recorder
-        self.name = name
-        self.clone = clone
-
-
-class _OutputHook(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
-        if self.recorder.active:
-            self.recorder.record(self.name, output, self.clone)
-
-
-class _InputHook(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
-        if self.recorder.active:
-            self.recorder.record(self.name, args[0] if args else None, self.clone)
 
 
 class Tapped:
@@ -107,7 +65,7 @@ class Tapped:
         self.data = data
         self.restructured: list[str] = []
         self._claimed = False
-        self._recorder = _Recorder()
+        self._recorder = Recorder()
         self._clones: set[str] = set()
         self._requested: dict[str, None] = {}
         probe = Probe(module, data)
@@ -115,7 +73,7 @@ class Tapped:
         if stages is None:
             self.stages = find_stages(module, probe)
         else:
-            self.stages, extra = resolve_stages(module, stages)
+            self.stages, extra = resolve_stages(module, stages, probe)
         self._taps = self._table(extra, None if "pooled" in extra else classifier_input(module, probe))
         self._measure(probe)
 
@@ -126,17 +84,15 @@ class Tapped:
             taps[f"stage{number}.pre"] = (stage.pre or stage.path, stage.layout)
         taps |= {name: (stage.path, stage.layout) for name, stage in extra.items()}
         if pooled is not None:
-            taps["pooled"] = (pooled, "vector")
+            taps["pooled"] = (pooled, "auto")
         return taps
 
     def _measure(self, probe: Probe) -> None:
         """Run the dry batch with every tap: shapes, and which tensors are overwritten in place and must be cloned."""
-        with self._hooked(self._taps), probe.evaluating():
-            self._recorder.start()
-            logits = self._run(probe.images)
-            values, versions = self._recorder.values, self._recorder.versions
-            self._clones = {name for name, value in values.items() if value._version != versions[name]}
-        self._recorder.stop()
+        with self._hooked(self._taps):
+            logits, values = self._dry(probe)
+            if probe.overwriting_dropouts():
+                self._dry(probe, dropping=True)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ShapeError(
@@ -145,9 +101,25 @@ class Tapped:
             )
         self.num_classes = int(logits.shape[1])
         self._check_reached(values, self._taps)
-        prefix = int(getattr(self.module, "num_prefix_tokens", 0) or 0)
-        self._layouts = {name: probe.layout(values[name], layout, prefix) for name, (_, layout) in self._taps.items()}
-        self.shapes = {name: to_features(value, *self._layouts[name]).shape[1:] for name, value in values.items()}
+        widths = {f"stage{number}{side}": s.channels for number, s in enumerate(self.stages, 1) for side in ("", ".pre")}
+        self._views = {
+            name: pooled_view(self.module, self.data, values[name].shape)
+            if name == "pooled" and layout == "auto"
+            else as_view(self.module, self.data, values[name].shape, layout, widths.get(name))
+            for name, (_, layout) in self._taps.items()
+        }
+        self.shapes = {name: self._views[name](value).shape[1:] for name, value in values.items()}
+
+    def _dry(self, probe: Probe, *, dropping: bool = False) -> tuple[Any, dict[str, Tensor]]:
+        """Run the dry batch and note which taps are overwritten."""
+        with probe.evaluating(dropping=dropping):
+            self._recorder.start()
+            try:
+                logits, values = self._watched(probe.images, self._taps), self._recorder.values
+                self._clones.update(self._recorder.overwritten())
+            finally:
+                self._recorder.stop()
+        return logits, values
 
     @contextmanager
     def _hooked(self, names: Iterable[str]) -> Iterator[None]:
@@ -159,11 +131,9 @@ class Tapped:
                 handle.remove()
 
     def _attach(self, name: str) -> torch.utils.hooks.RemovableHandle:
-        path, where = split_path(self._taps[name][0])
-        module = self.module.get_submodule(path)
-        if where == "input":
-            return module.register_forward_pre_hook(_InputHook(self._recorder, name, clone=name in self._clones))
-        return module.register_forward_hook(_OutputHook(self._recorder, name, clone=name in self._clones))
+        path, side = split_path(self._taps[name][0])
+        hook = {"input": InputHook, "output": OutputHook, "activation": ActivationHook}[side]
+        return hook(self._recorder, name, clone=name in self._clones).attach(self.module.get_submodule(path))
 
     def names(self, *requested: str) -> tuple[str, ...]:
         """Expand groups (``"stages"``, ``"stages.pre"``, ``"last"``, ``"last.pre"``) into names of taps, shallow to deep.
@@ -253,19 +223,27 @@ class Tapped:
         """Run the network on ``(B, C, H, W)`` images and return logits and the requested features."""
         self._recorder.start()
         try:
-            logits = self._run(images)
+            logits = self._watched(images, self._requested)
+            if not isinstance(logits, Tensor):  # auxiliary classifiers return theirs as well, in training mode alone
+                logits = next(item for item in logits if isinstance(item, Tensor))
             values = self._recorder.values
             self._check_reached(values, self._requested)
             if not torch.compiler.is_compiling():
-                self._check_not_overwritten(values)
-            features = {name: to_features(value, *self._layouts[name]) for name, value in values.items()}
+                self._check_not_overwritten()
+            features = {name: self._views[name](value) for name, value in values.items()}
         finally:
             self._recorder.stop()
         return Trace(logits, features)
 
-    def _run(self, images: Tensor) -> Tensor:
-        result: Tensor = self.module(images)
-        return result
+    def _watched(self, images: Tensor, names: Iterable[str]) -> Any:
+        """Run the network; functions are watched only where a tap is what one of them took."""
+        if not any(self._taps[name][0].endswith(":activation") for name in names):
+            return self._run(images)
+        with ActivationWatch(self._recorder):
+            return self._run(images)
+
+    def _run(self, images: Tensor) -> Any:
+        return self.module(images)
 
     def _check_reached(self, values: Mapping[str, Tensor], names: Iterable[str]) -> None:
         missing = [name for name in names if name not in values]
@@ -273,13 +251,12 @@ class Tapped:
             paths = ", ".join(f"{name} ({self._taps[name][0]})" for name in missing)
             raise TapError(f"The {self.role}'s forward did not reach the taps {paths}; name modules that its forward calls.")
 
-    def _check_not_overwritten(self, values: Mapping[str, Tensor]) -> None:
-        for name, version in self._recorder.versions.items():
-            if values[name]._version != version:
-                raise TapError(
-                    f"The tap {name!r} ({self._taps[name][0]}) of the {self.role} was overwritten in place after it was read; "
-                    "switch the in-place operation that follows it off."
-                )
+    def _check_not_overwritten(self) -> None:
+        for name in self._recorder.overwritten():
+            raise TapError(
+                f"The tap {name!r} ({self._taps[name][0]}) of the {self.role} was overwritten in place after it was read; "
+                "switch the in-place operation that follows it off."
+            )
 
 
 class Teacher(Tapped):
@@ -287,8 +264,15 @@ class Teacher(Tapped):
 
     Args:
         module: A plain classifier; its parameters stop requiring gradients.
-        data: As for :class:`Tapped`.
+        data: Size and normalisation of the images that it is given.
         stages: As for :class:`Tapped`.
+        own_data: Size and normalisation that the network itself wants: it then sees the same images renormalised, and resized
+            (antialiased) where the sizes differ. ``None``: it sees them as they are.
+
+    Raises:
+        OptionError: If ``own_data`` has other channels.
+        TapError: As for :class:`Tapped`.
+        ShapeError: As for :class:`Tapped`.
     """
 
     def __init__(
@@ -297,10 +281,16 @@ class Teacher(Tapped):
         data: DataSpec,
         *,
         stages: Sequence[Stage | str] | Mapping[str, Stage | str] | None = None,
+        own_data: DataSpec | None = None,
     ) -> None:
+        self._view = None if own_data is None else OwnView(data, own_data)
         module.requires_grad_(False)
         module.eval()
-        super().__init__(module, data, stages=stages, role="teacher")
+        super().__init__(module, own_data or data, stages=stages, role="teacher")
+
+    def __call__(self, images: Tensor) -> Trace:
+        """Run the network on its own view of ``(B, C, H, W)`` images and return logits and the requested features."""
+        return super().__call__(images if self._view is None else self._view(images))
 
     def trace(self, batch: Batch) -> Trace:
         """Run the teacher on the batch, and on its second view where it has one."""
@@ -308,12 +298,11 @@ class Teacher(Tapped):
         first = self(batch.images)
         return Trace(first.logits, first.features, second)
 
-    def _run(self, images: Tensor) -> Tensor:
+    def _run(self, images: Tensor) -> Any:
         if self.module.training:
             self.module.eval()
         with torch.no_grad():
-            result: Tensor = self.module(images)
-        return result
+            return self.module(images)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
@@ -341,7 +330,7 @@ def remove_hooks(module: nn.Module) -> nn.Module:
     """Remove this package's hooks from a module and all its children, in place."""
     for child in module.modules():
         for hooks in (child._forward_hooks, child._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]
     return module
 

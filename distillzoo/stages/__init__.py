@@ -1,0 +1,20 @@
+"""Find a network's stages and what its classifier reads: declared, from timm's ``feature_info``, a table, or a dry run."""
+
+from distillzoo.stages.activations import complete_stage
+from distillzoo.stages.finders import classifier_input, declared_stages, find_stages, resolve_stages
+from distillzoo.stages.layouts import View, as_view
+from distillzoo.stages.probe import Call, DryRun, Probe, split_path
+
+__all__ = [
+    "Call",
+    "DryRun",
+    "Probe",
+    "View",
+    "as_view",
+    "classifier_input",
+    "complete_stage",
+    "declared_stages",
+    "find_stages",
+    "resolve_stages",
+    "split_path",
+]

@@ -1,0 +1,202 @@
+"""Find stages: declared ones, registered tables, timm's ``feature_info``, else a dry run; and what the classifier reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from distillzoo.errors import TapError, near_matches
+from distillzoo.registry import STAGE_FINDERS
+from distillzoo.stages.activations import complete_stage
+from distillzoo.stages.layouts import map_size
+from distillzoo.stages.probe import Call, DryRun, Probe, split_path
+from distillzoo.types import Stage
+
+__all__ = ["classifier_input", "declared_stages", "find_stages", "resolve_stages"]
+
+_MOST_STAGES = 4  # feature_info lists stems as well: of a longer list the last four are the stages
+
+
+def _stage(item: Stage | str) -> Stage:
+    return item if isinstance(item, Stage) else Stage(path=item)
+
+
+def _check_paths(module: nn.Module, stage: Stage) -> None:
+    paths = dict(module.named_modules())
+    for path in (stage.path, stage.pre, stage.linear, stage.linear_norm, stage.norm):
+        if path is not None and split_path(path)[0] not in paths:
+            near = near_matches(split_path(path)[0], paths, limit=5) or list(paths)[1:6]
+            raise TapError(
+                f"{type(module).__name__} has no module {split_path(path)[0]!r}; the nearest paths are {', '.join(near)}. "
+                "A tap is a module path, with ':input' after it for the module's input."
+            )
+
+
+def resolve_stages(
+    module: nn.Module, given: Sequence[Stage | str] | Mapping[str, Stage | str], probe: Probe | None = None
+) -> tuple[tuple[Stage, ...], dict[str, Stage]]:
+    """Turn taps that a user named into stages and extra taps.
+
+    Args:
+        module: The network.
+        given: Stages or tap paths shallow to deep; or a mapping in which ``stage1`` .. ``stageN`` are the stages and any other
+            name is a tap of its own (``pooled`` replaces what was found).
+        probe: Dry batch, to find what stages given by path alone were before their activation, and the stages where none is
+            named; ``None`` leaves them as they are.
+    Raises:
+        TapError: If a path does not exist, or there is no stage.
+    """
+    items = {f"stage{number}": item for number, item in enumerate(given, 1)} if not isinstance(given, Mapping) else dict(given)
+    named = {name: _stage(item) for name, item in items.items()}
+    for stage in named.values():
+        _check_paths(module, stage)
+    count = sum(name.removeprefix("stage").isdigit() for name in named)
+    stages = [named.pop(f"stage{number}", None) for number in range(1, count + 1)]
+    if not count:
+        return (declared_stages(module) or ()) if probe is None else find_stages(module, probe), named
+    if None in stages:
+        raise TapError(f"Stages must be named stage1 .. stage{count} without a gap; got {', '.join(items)}.")
+    found = [stage for stage in stages if stage is not None]
+    if probe is not None:
+        found = [complete_stage(probe.dry_run, stage) if stage == Stage(stage.path) else stage for stage in found]
+    return tuple(found), named
+
+
+def declared_stages(module: nn.Module) -> tuple[Stage, ...] | None:
+    """Return the stages that a network declares itself (``stages``: a tuple of :class:`Stage`, maybe empty), or None."""
+    stages = getattr(module, "stages", None)
+    if isinstance(stages, tuple) and all(isinstance(stage, Stage) for stage in stages):
+        return stages
+    return None
+
+
+def find_stages(module: nn.Module, probe: Probe) -> tuple[Stage, ...]:
+    """Find the stages of a network, shallow to deep, the stem not among them.
+
+    Declared stages come first, then what a registered table knows, then timm's ``feature_info``, then a dry run that looks for
+    changes of resolution. What stages were before their activation is declared too, or found in the dry run.
+
+    Args:
+        module: The network.
+        probe: Its dry batch.
+    """
+    known = (declared_stages, *STAGE_FINDERS.values())
+    stages = next((stages for finder in known if (stages := finder(module)) is not None), None)
+    if stages is None:
+        found = _from_feature_info(module, probe) or _from_resolutions(module, probe)
+        stages = tuple(complete_stage(probe.dry_run, stage) for stage in found)
+    for stage in stages:
+        _check_paths(module, stage)
+    return stages
+
+
+def _evenly(items: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Four evenly spaced items ending with the last."""
+    if len(items) <= _MOST_STAGES:
+        return tuple(items)
+    return tuple(items[math.ceil((k + 1) * len(items) / _MOST_STAGES) - 1] for k in range(_MOST_STAGES))
+
+
+def _from_feature_info(module: nn.Module, probe: Probe) -> tuple[Stage, ...] | None:
+    """What timm's networks say; None where a module that they name does not return maps or tokens."""
+    info = getattr(module, "feature_info", None)
+    entries = list(getattr(info, "info", info) or ())
+    paths = dict(module.named_modules())
+    stages = [
+        Stage(path=str(entry["module"]), channels=entry.get("num_chs"), stride=entry.get("reduction"))
+        for entry in entries
+        if isinstance(entry, Mapping) and str(entry.get("module")) in paths
+    ]
+    isotropic = len({stage.stride for stage in stages}) == 1
+    chosen = _evenly(stages) if isotropic else tuple(stages[-_MOST_STAGES:])
+    calls = [probe.dry_run.last(stage.path) for stage in chosen]
+    if any(call is None or call.shape is None or map_size(module, probe.data, call.shape) is None for call in calls):
+        return None
+    return chosen or None
+
+
+def _from_resolutions(module: nn.Module, probe: Probe) -> tuple[Stage, ...]:
+    """The end of the trunk at each of its last four resolutions, or four evenly spaced blocks where there is but one.
+
+    The trunk are the tensors that everything passes on its way from the images to the logits; where branches run side by side
+    throughout, all that reaches the logits. A resolution at which nothing but a pooling or the first op works is no stage.
+    """
+    run = probe.dry_run
+    for nodes in (run.trunk, run.depths):
+        groups = _by_size(module, probe, run, nodes)
+        if len(groups) > 1:
+            return tuple(Stage(path=group[-1].path) for group in groups[-_MOST_STAGES:])
+    groups = _by_size(module, probe, run, run.trunk) or _by_size(module, probe, run, run.depths)
+    if not groups:
+        return ()
+    blocks: dict[tuple[str, type[nn.Module]], list[str]] = {}
+    for call in groups[0]:
+        family = blocks.setdefault((call.path.rpartition(".")[0], type(call.module)), [])
+        family.append(call.path)
+    largest = max(blocks.values(), key=len)
+    return _evenly([Stage(path) for path in largest]) if len(largest) > 1 else (Stage(groups[0][-1].path),)
+
+
+def _by_size(module: nn.Module, probe: Probe, run: DryRun, nodes: Mapping[Node, int] | set[Node]) -> list[list[Call]]:
+    """The calls whose outputs are among the nodes, by size, largest first; the outermost of those that return the same."""
+    groups: dict[tuple[int, int], dict[Node, Call]] = {}
+    ops: dict[tuple[int, int], int] = {}
+    for call in run.calls:
+        size = None if call.shape is None or not call.path else map_size(module, probe.data, call.shape)
+        if size is None or call.node not in run.depths:
+            continue
+        ops[size] = ops.get(size, 0) + call.has_weights
+        if call.node in nodes and size[0] * size[1] > 1:
+            groups.setdefault(size, {})[call.node] = call
+    kept = [size for size in sorted(groups, key=lambda size: -size[0] * size[1]) if ops[size]]
+    if len(kept) > 1 and ops[kept[0]] == 1:
+        del kept[0]  # a stem: one op on the images
+    return [list(groups[size].values()) for size in kept]
+
+
+def classifier_input(module: nn.Module, probe: Probe) -> str | None:
+    """Return the tap path of what the classifier reads: the input of the op that makes the logits.
+
+    Of several such ops (a second head for a distillation token) it is the one that the network declares first, as
+    ``classifier_path`` or in timm's configuration; None where it declares none.
+
+    Args:
+        module: The network.
+        probe: Its dry batch.
+    """
+    if hasattr(module, "classifier_path"):
+        declared = module.classifier_path
+        return f"{declared}:input" if isinstance(declared, str) else None
+    heads = _heads(probe.dry_run)
+    if len(heads) == 1:
+        return f"{heads[0].path}:input"
+    config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
+    said = config.get("classifier") if isinstance(config, Mapping) else None
+    names = [said] if isinstance(said, str) else list(said or ())
+    return next((f"{name}:input" for name in names for head in heads if head.path == name), None)
+
+
+def _heads(run: DryRun) -> list[Call]:
+    """The ops with as many outputs as there are classes that the logits come from with no other op in between."""
+    logits = run.logits
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.grad_fn is None:
+        return []
+    made = {call.node: call for call in run.calls if call.has_weights and call.node is not None and call.shape is not None}
+    found: list[Call] = []
+    seen: set[Node] = set()
+    waiting = [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node not in run.depths:
+            continue
+        seen.add(node)
+        if node in made:
+            found.append(made[node])
+        else:
+            waiting += [parent for parent, _ in node.next_functions if parent is not None]
+    width = logits.shape[1]
+    heads = [call for call in found if call.shape is not None and width in (call.shape[1], call.shape[-1])]
+    return [call for call in heads if run.last(call.path) is call and call.argument is not None]

@@ -1,0 +1,214 @@
+"""A dry batch, and one run of it that remembers which module made what of what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, saved_tensors_hooks
+
+from distillzoo.errors import TapError
+from distillzoo.types import DataSpec
+
+__all__ = ["Call", "DryRun", "Probe", "split_path"]
+
+_IMAGES = 2
+
+
+def split_path(path: str) -> tuple[str, Literal["input", "output", "activation"]]:
+    """Split a tap path into module path and what of it is meant.
+
+    Example:
+        >>> split_path("layer1.0.relu:input"), split_path("layer1"), split_path("layer1.0:activation")
+        (('layer1.0.relu', 'input'), ('layer1', 'output'), ('layer1.0', 'activation'))
+    """
+    name, _, side = path.partition(":")
+    if side in ("", "output"):
+        return name, "output"
+    if side in ("input", "activation"):
+        return name, "input" if side == "input" else "activation"
+    raise TapError(f"A tap path ends in ':input', ':output', ':activation' or none of them; got {path!r}.")
+
+
+class Probe:
+    """A dry batch: two images of the size and channels of ``data``, on the module's device and in its floating type.
+
+    Args:
+        module: The network to be probed.
+        data: Image size and channels.
+    """
+
+    def __init__(self, module: nn.Module, data: DataSpec) -> None:
+        self.module = module
+        self.data = data
+        like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+        count = _IMAGES * data.channels * data.input_size[0] * data.input_size[1]
+        values = torch.linspace(-1.0, 1.0, count, dtype=torch.float64).mul(311.0).sin()  # smooth, and no two images alike
+        self.images = values.to(like).view(_IMAGES, data.channels, *data.input_size)
+
+    @contextmanager
+    def evaluating(self, *, dropping: bool = False) -> Iterator[None]:
+        """Run the block in eval mode without gradients; training flags, buffers and generators are put back as they were.
+
+        Args:
+            dropping: Whether dropout that works in place is switched on: it overwrites what it reads, and only then.
+        """
+        flags = [(child, child.training) for child in self.module.modules()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        self.module.eval()
+        for child in self.overwriting_dropouts() if dropping else ():
+            child.training = True
+        devices = [self.images.device] if self.images.is_cuda else []
+        try:
+            with torch.random.fork_rng(devices, enabled=dropping), torch.no_grad():
+                yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            for child, flag in flags:
+                child.training = flag
+
+    def overwriting_dropouts(self) -> list[nn.Module]:
+        """Return the dropouts of the network that work in place."""
+        return [m for m in self.module.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.inplace and m.p > 0.0]
+
+    @cached_property
+    def dry_run(self) -> DryRun:
+        """One run of the dry batch."""
+        return DryRun(self)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of one module during a dry run.
+
+    Args:
+        path: Path of the module.
+        module: The module.
+        argument: Shape of the first tensor that it took.
+        source: What made that tensor, a node of the graph of gradients.
+        shape: Shape of what it returned; ``None`` where that is no single tensor.
+        node: What made it.
+    """
+
+    path: str
+    module: nn.Module
+    argument: tuple[int, ...] | None = None
+    source: Node | None = None
+    shape: tuple[int, ...] | None = None
+    node: Node | None = None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is an op that mixes channels or positions: one with a weight of its own of two dimensions or more."""
+        own = self.module.parameters(recurse=False)
+        return any(p.ndim >= 2 for p in own) and not any(True for _ in self.module.children())
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is a norm: no weights to mix by, but a scale of one number a channel, or running statistics."""
+        own = dict(self.module.named_parameters(recurse=False))
+        scale = own.get("weight", self.module._buffers.get("running_mean"))
+        return scale is not None and scale.ndim == 1 and all(p.ndim == 1 for p in own.values()) and len(own) != 1
+
+
+class DryRun:
+    """The calls of all modules in the order they ended, with the graph of what came from what.
+
+    The graph is that of gradients, kept without the tensors that a backward pass would need.
+
+    Args:
+        probe: Network and dry batch.
+
+    Attributes:
+        calls: The calls in the order they ended.
+        logits: What the network returned.
+    """
+
+    def __init__(self, probe: Probe) -> None:
+        self.module = probe.module
+        self.calls: list[Call] = []
+        try:
+            with probe.evaluating(), torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):  # noqa: ARG005
+                self.logits = self._record(probe.images.clone().requires_grad_().clone())
+        except RuntimeError:  # a network that only runs without gradients: as a teacher it may
+            self.calls.clear()
+            with probe.evaluating():
+                self.logits = self._record(probe.images)
+
+    def _record(self, images: Tensor) -> Any:
+        self._root = images.grad_fn
+        opened: list[Call] = []
+
+        def begin(path: str, child: nn.Module, args: Sequence[Any]) -> None:
+            first = next((item for item in args if isinstance(item, Tensor)), None)
+            call = Call(path, child)
+            if first is not None:
+                call.argument, call.source = tuple(first.shape), first.grad_fn
+            opened.append(call)
+
+        def end(output: Any) -> None:
+            call = opened.pop()
+            if isinstance(output, Tensor):
+                call.shape, call.node = tuple(output.shape), output.grad_fn
+            self.calls.append(call)
+
+        handles: list[Any] = []
+        for path, child in self.module.named_modules():
+            handles.append(child.register_forward_pre_hook(lambda m, a, path=path: begin(path, m, a)))
+            handles.append(child.register_forward_hook(lambda m, a, output: end(output)))  # noqa: ARG005
+        try:
+            return self.module(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def last(self, path: str) -> Call | None:
+        """Return the last call of the module at ``path``, None where the forward does not reach it."""
+        return next((call for call in reversed(self.calls) if call.path == path), None)
+
+    @cached_property
+    def depths(self) -> dict[Node, int]:
+        """Every node between images and logits with the length of the longest way to it from the images, in that order."""
+        target = self.logits.grad_fn if isinstance(self.logits, Tensor) else None
+        depths: dict[Node, int | None] = {}
+        waiting = [] if target is None or self._root is None else [target]
+        if self._root is not None:
+            depths[self._root] = 0
+        while waiting:
+            node = waiting[-1]
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            missing = [parent for parent in parents if parent not in depths]
+            if node in depths or not missing:
+                waiting.pop()
+            if node not in depths:
+                if missing:
+                    waiting.extend(missing)
+                    continue
+                reached = [depth for parent in parents if (depth := depths[parent]) is not None]
+                depths[node] = 1 + max(reached) if reached else None  # None: made of parameters alone
+        return dict(sorted(((n, d) for n, d in depths.items() if d is not None), key=lambda item: item[1]))
+
+    @cached_property
+    def trunk(self) -> set[Node]:
+        """The nodes that every way from the images to the logits passes: ends of blocks, never the inside of a branch."""
+        order = list(self.depths)
+        position = {node: number for number, node in enumerate(order)}
+        reach = 0
+        found: set[Node] = set()
+        children: dict[Node, int] = {}
+        for node in order:
+            for parent, _ in node.next_functions:
+                if parent in position:
+                    children[parent] = max(children.get(parent, 0), position[node])
+        for number, node in enumerate(order):
+            if reach <= number:
+                found.add(node)
+            reach = max(reach, children.get(node, 0))
+        return found
