@@ -1,0 +1,188 @@
+"""Any folder of images: ``train`` and ``val``, or one tree, with a folder for each class."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from os import PathLike
+
+import torch
+
+from distillzoo.data.base import DATASETS, SplitName
+from distillzoo.data.crops import CropViews
+from distillzoo.data.file_loader import FileLoader, check_workers
+from distillzoo.data.tree import Listing, Tree, hold_out_rows, read_tree
+from distillzoo.errors import OptionError
+from distillzoo.types import DataSpec
+
+__all__ = ["FolderDataSet", "folder", "folder_from_tree", "make_views"]
+
+
+@dataclass(frozen=True, eq=False)
+class FolderDataSet:
+    """Image files that are read when they are needed; it follows :class:`distillzoo.data.DataSet`.
+
+    Args:
+        name: Registered name.
+        title: Name as it is written in captions.
+        split: What networks are evaluated on.
+        class_names: Names of the classes, by label.
+        augment: How images are cropped, for training and evaluation.
+        train: The training subset.
+        evaluation: The images of the split.
+        workers: Processes that read images; ``None`` takes as many as there are processors.
+    """
+
+    name: str
+    title: str
+    split: SplitName
+    class_names: tuple[str, ...]
+    augment: CropViews
+    train: Listing
+    evaluation: Listing
+    workers: int | None = None
+
+    @cached_property
+    def spec(self) -> DataSpec:
+        """What a distiller may know about the data."""
+        views = self.augment
+        size, number = (views.crop, views.crop), len(self.class_names)
+        return DataSpec(number, size, views.mean, views.std, num_samples=len(self.train), targets=self.train.targets)
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that change when any file or label does, wherever the files lie; reads every file once."""
+        return hashlib.sha256(f"{self.train.digest} {self.evaluation.digest}".encode()).hexdigest()[:12]
+
+    @property
+    def description(self) -> str:
+        """One line for captions."""
+        held = "test" if self.split == "test" else "held-out training"
+        return f"{self.title}, {len(self.train):,} training and {len(self.evaluation):,} {held} images"
+
+    def train_loader(
+        self, batch_size: int, *, seed: int, device: torch.device | str = "cpu", channels_last: bool = False
+    ) -> FileLoader:
+        """Return the loader of the training subset: shuffled and augmented.
+
+        Args:
+            batch_size: Images in a batch.
+            seed: Seed of order and views.
+            device: Where batches are wanted.
+            channels_last: Whether images are laid out with the channels last in memory.
+        """
+        return self._loader(self.train, self.spec, batch_size, seed, device, channels_last)
+
+    def eval_loader(self, batch_size: int, *, device: torch.device | str = "cpu", channels_last: bool = False) -> FileLoader:
+        """Return the loader of the evaluation images: in order, the middle of each.
+
+        Args:
+            batch_size: Images in a batch.
+            device: Where batches are wanted.
+            channels_last: Whether images are laid out with the channels last in memory.
+        """
+        spec = replace(self.spec, num_samples=None, targets=None)  # those of the training subset would be wrong here
+        return self._loader(self.evaluation, spec, batch_size, None, device, channels_last)
+
+    def _loader(
+        self, files: Listing, spec: DataSpec, batch_size: int, seed: int | None, device: torch.device | str, channels_last: bool
+    ) -> FileLoader:
+        return FileLoader(
+            files,
+            spec,
+            self.augment,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            channels_last=channels_last,
+            workers=self.workers,
+        )
+
+
+@DATASETS.register("folder")
+def folder(
+    *,
+    root: str | PathLike[str] | None = None,
+    split: SplitName = "test",
+    crop: int = 224,
+    resize: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    workers: int | None = None,
+    skip_bad: bool = False,
+) -> FolderDataSet:
+    """Load any folder of images.
+
+    ``root`` holds ``train`` and ``val`` (or ``validation``, or ``test``; the first that is there), each with a folder for every
+    class; or the class folders themselves, of which a fifth of every class is split off for evaluation, always the same images.
+
+    Args:
+        root: The folder of the images.
+        split: What networks are evaluated on; ``"heldout"`` holds a tenth of the training images out, of every class as many,
+            always the same.
+        crop: Height and width of the images in pixels.
+        resize: Short side of evaluation images, in pixels, before the middle is cut out; ``None`` is 8/7 of ``crop``: 256 for 224.
+        mean: Mean of each channel of images scaled to 0..1; ``None`` is ImageNet's.
+        std: Standard deviation of each channel; ``None`` is ImageNet's.
+        workers: Processes that read images; ``None`` takes as many as there are processors. It does not change the images.
+        skip_bad: Whether to leave out files that cannot be used, which are found by decoding all once; otherwise one is an error.
+    Raises:
+        OptionError: If no root is given or an option is out of range.
+        DataError: If folders or files are not as they should be; the message names them.
+    """
+    if root is None:
+        raise OptionError(
+            "The data set 'folder' needs a data root, none was given; name a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or "
+            "with CLASS/IMAGE (--data-root DIR)."
+        )
+    views = make_views(crop, resize, mean, std)
+    check_workers(workers)
+    tree = read_tree(root, skip_bad=skip_bad)
+    return folder_from_tree(tree, views, split=split, workers=workers)
+
+
+def folder_from_tree(
+    tree: Tree, views: CropViews, *, split: SplitName = "test", name: str = "folder", title: str = "", workers: int | None = None
+) -> FolderDataSet:
+    """Make the data set of a tree of images.
+
+    Args:
+        tree: The images.
+        views: How they are cropped.
+        split: What networks are evaluated on.
+        name: Registered name.
+        title: Name as it is written in captions; empty takes the name of the folder.
+        workers: Processes that read images.
+    """
+    train, evaluation = tree.train, tree.evaluation
+    if split == "heldout":
+        stays, held = hold_out_rows(train.targets, tree.classes)
+        train, evaluation = train.take(stays), train.take(held)
+    title = title or f"{tree.root.resolve().name} (image folder{', a fifth split off' if tree.seeded else ''})"
+    if tree.skipped:
+        title += f" without {len(tree.skipped):,} unusable files"
+    return FolderDataSet(name, title, split, tree.classes, views, train, evaluation, workers)
+
+
+def make_views(
+    crop: int, resize: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, source: str = "image files"
+) -> CropViews:
+    """Return how images are cropped, with defaults in place of what is ``None``.
+
+    Args:
+        crop: Height and width of the images in pixels.
+        resize: Short side of evaluation images in pixels; ``None`` is 8/7 of ``crop``.
+        mean: Mean of each channel; ``None`` is ImageNet's.
+        std: Standard deviation of each channel; ``None`` is ImageNet's.
+        source: What crops are cut from.
+    Raises:
+        OptionError: If a number is out of range.
+    """
+    if resize is None:
+        resize = round(crop * 8 / 7) if isinstance(crop, int) else crop
+    views = CropViews(crop=crop, resize=resize, source=source)
+    if mean is not None:
+        views = replace(views, mean=tuple(mean))
+    return views if std is None else replace(views, std=tuple(std))
