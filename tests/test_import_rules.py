@@ -15,20 +15,23 @@ FOLDERS = ("distillzoo", "benchmarks", "examples")
 
 FOUNDATION = frozenset({"types", "errors", "streams", "schedules", "registry"})
 NETWORK = frozenset({"dataflow", "stages", "taps"})  # how a network is read: what the design calls taps
+DISTILLER = frozenset({"distiller", "weighting"})  # the base class and the sum of its terms
 ALLOWED: dict[str, frozenset[str]] = {
     **dict.fromkeys(FOUNDATION, frozenset({"types", "errors"})),
     **dict.fromkeys(NETWORK, FOUNDATION | NETWORK),
     "models": FOUNDATION,
     "data": FOUNDATION,
     "adapters": FOUNDATION,
-    "distiller": FOUNDATION | NETWORK,
-    "composition": FOUNDATION | NETWORK | {"distiller"},
-    "methods": FOUNDATION | NETWORK | {"distiller", "adapters"},
-    "build": FOUNDATION | NETWORK | {"distiller", "composition", "methods"},
+    "weighting": FOUNDATION,
+    "distiller": FOUNDATION | NETWORK | DISTILLER,
+    "composition": FOUNDATION | NETWORK | DISTILLER,
+    "methods": FOUNDATION | NETWORK | DISTILLER | {"adapters"},
+    "build": FOUNDATION | NETWORK | DISTILLER | {"composition", "methods"},
     "functional": frozenset({"methods"}),
-    "testing": FOUNDATION | NETWORK | {"distiller", "composition", "build"},
+    "testing": FOUNDATION | NETWORK | DISTILLER | {"composition", "build"},
     "engine": FOUNDATION | {"taps", "distiller"},  # the teacher and the interface
     "bench": FOUNDATION | {"taps", "distiller", "engine", "build", "models", "data", "root"},  # what build returns, engine takes
+    "__main__": FOUNDATION | NETWORK | {"build", "models", "data"},  # the small commands
     "root": FOUNDATION | NETWORK | {"distiller", "build", "models", "data", "engine", "functional", "testing"},
 }
 """A component (a file or folder of the package, ``root`` for its ``__init__``) and those that it may import beside itself."""
