@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import distillzoo.methods  # noqa: F401 - registers them
-from distillzoo.composition import Composition, Maker
+from distillzoo.composition import Composition, Maker, composed_weights
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError, unknown_name
 from distillzoo.registry import DISTILLERS
@@ -18,6 +18,7 @@ from distillzoo.schedules import Weight, describe_weight
 from distillzoo.streams import Stream, draw_seed, forked_generator
 from distillzoo.taps import Tapped, Teacher
 from distillzoo.types import DataSpec, Stage
+from distillzoo.weighting import TermWeights, preset_weights
 
 __all__ = ["Ensemble", "build_distiller", "describe_distiller", "list_distillers", "resolve_distiller"]
 
@@ -35,12 +36,18 @@ class Ensemble(nn.Module):
 
     def __init__(self, teachers: Sequence[nn.Module]) -> None:
         super().__init__()
+        if not teachers:
+            raise OptionError("A list of teachers needs at least one network; got none.")
         self.teachers = nn.ModuleList(teachers)
         self.stages: tuple[Stage, ...] = ()  # logits only: an ensemble has no feature maps of its own
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(B, num_classes)`` log-probabilities."""
-        logs = torch.stack([teacher(images).log_softmax(1) for teacher in self.teachers])
+        every = [teacher(images).log_softmax(1) for teacher in self.teachers]
+        if len({logits.shape[1] for logits in every}) > 1:
+            found = ", ".join(str(logits.shape[1]) for logits in every)
+            raise OptionError(f"The teachers of a list must have the same classes; they have {found}.")
+        logs = torch.stack(every)
         mean: Tensor = logs.logsumexp(0) - torch.log(torch.tensor(float(len(self.teachers)), dtype=logs.dtype))
         return mean
 
@@ -65,13 +72,18 @@ def resolve_distiller(name: str | type[Distiller]) -> dict[str, type[Distiller]]
         OptionError: If a composition is malformed or a class is no distiller.
     """
     if isinstance(name, type):
-        if not issubclass(name, Distiller):
-            raise OptionError(f"build_distiller takes a name or a subclass of Distiller; got the class {name.__name__}.")
-        return {name.__name__.lower(): name}
+        return _checked({name.__name__.lower(): name})
     parts = [part.strip() for part in name.split("+")]
     if len(set(parts)) < len(parts) or "" in parts:
         raise OptionError(f"A composition is different names joined by '+', as 'crd+kd'; got {name!r}.")
-    return {part: DISTILLERS[part] for part in parts}
+    return _checked({part: DISTILLERS[part] for part in parts})
+
+
+def _checked(methods: dict[str, type[Any]]) -> dict[str, type[Distiller]]:
+    for name, method in methods.items():
+        if not (isinstance(method, type) and issubclass(method, Distiller)):
+            raise OptionError(f"A distiller is a subclass of distillzoo.Distiller; {name!r} is {method!r}.")
+    return methods
 
 
 def option_defaults(method: type[Distiller]) -> dict[str, Any]:
@@ -94,7 +106,7 @@ def describe_distiller(
         weights: As for :func:`build_distiller`.
         options: As for :func:`build_distiller`.
     Raises:
-        OptionError: If an option does not exist.
+        OptionError: If an option, a preset or a term does not exist.
     Example:
         >>> describe_distiller("kd", temperature=2.0)["options"]
         {'temperature': 2.0}
@@ -102,15 +114,27 @@ def describe_distiller(
     methods = resolve_distiller(name)
     given = _split_options(methods, options)
     described = {member: {**option_defaults(method), **given[member]} for member, method in methods.items()}
+    preset = weights if isinstance(weights, str) else None
     if len(methods) == 1:
-        (member, method) = next(iter(methods.items()))
-        preset = weights if isinstance(weights, str) else next(iter(method.weight_presets))
-        values: dict[str, Weight] = {"ce": 1.0, **method.weight_presets.get(preset, {})}
-        if weights is not None and not isinstance(weights, str):
-            values |= weights
-        return {"options": described[member], "weights": {term: describe_weight(weight) for term, weight in values.items()}}
-    overrides = {} if weights is None or isinstance(weights, str) else weights
-    return {"options": described, "weights": {term: describe_weight(weight) for term, weight in overrides.items()}}
+        ((member, method),) = methods.items()
+        values = preset_weights(method.weight_presets, preset, method.__name__)
+        known = {term: weight for presets in method.weight_presets.values() for term, weight in presets.items()} | values
+        chosen: dict[str, Any] = described[member]
+    else:
+        _by_term(weights)
+        defaults = {m: (preset_weights(method.weight_presets, None, m), method.composed_weights) for m, method in methods.items()}
+        values = known = composed_weights(defaults)
+        chosen = dict(described)
+    if weights is not None and not isinstance(weights, str):
+        TermWeights(known, name if isinstance(name, str) else name.__name__).overridden(weights)
+        values = {**values, **weights}
+    return {"options": chosen, "weights": {term: describe_weight(weight) for term, weight in values.items()}}
+
+
+def _by_term(weights: Mapping[str, Weight] | str | None) -> Mapping[str, Weight] | None:
+    if isinstance(weights, str):
+        raise OptionError(f"A composition takes weights by term, as {{'kd.kd': 0.5}}; got the preset name {weights!r}.")
+    return weights
 
 
 def _split_options(methods: Mapping[str, type[Distiller]], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -179,22 +203,27 @@ def build_distiller(
             raise OptionError(f"taps has the keys 'student' and 'teacher'; got {part!r}.")
     if isinstance(teacher, Sequence):
         teacher = Ensemble(teacher)
-    spec = data or _data_spec(student, num_classes, input_size)
+    if student is (teacher.module if isinstance(teacher, Teacher) else teacher):
+        raise OptionError("Student and teacher are one and the same module, which would be frozen; pass a copy as the teacher.")
+    if isinstance(teacher, Teacher) and "teacher" in (taps or {}):
+        raise OptionError("taps of the teacher are chosen where its Teacher is made: Teacher(network, data, stages=...).")
+    spec = data or _data_spec(student, input_size)
+    if data is not None and num_classes not in (None, data.num_classes):
+        raise OptionError(f"num_classes is {num_classes} and data says {data.num_classes}; give one of them.")
+    if data is not None and input_size is not None:
+        raise OptionError(f"input_size {input_size} beside data, which says {data.input_size}; give one of them.")
     chosen = taps or {}
     tapped = Tapped(student, spec, stages=chosen.get("student"))
     if isinstance(teacher, nn.Module):
         teacher = Teacher(teacher, spec, stages=chosen.get("teacher"))
     _check_classes(tapped, teacher, data.num_classes if data is not None else num_classes)
     seed = draw_seed(seed)
-    makers = {member: _maker(method, given[member], seed) for member, method in methods.items()}
-    with forked_generator(Stream.named(seed, "adapters", *methods)):
-        if len(makers) == 1:
-            method = next(iter(methods.values()))
-            distiller: Distiller = method(tapped, teacher, spec, weights=weights, seed=seed, **next(iter(given.values())))
-        else:
-            if isinstance(weights, str):
-                raise OptionError(f"A composition takes weights by term, as {{'kd.kd': 0.5}}; got the preset name {weights!r}.")
-            distiller = Composition(tapped, teacher, spec, makers=makers, weights=weights, seed=seed)
+    alone = weights if len(methods) == 1 else None
+    makers = {member: _maker(member, method, {**given[member], "weights": alone}, seed) for member, method in methods.items()}
+    if len(makers) == 1:
+        distiller = next(iter(makers.values()))(tapped, teacher, spec)
+    else:
+        distiller = Composition(tapped, teacher, spec, makers=makers, weights=_by_term(weights), seed=seed)
     _follow_student(distiller)
     tapped.request(*distiller.requires.student_taps)
     if teacher is not None and distiller.requires.teacher:
@@ -202,9 +231,11 @@ def build_distiller(
     return distiller
 
 
-def _maker(method: type[Distiller], options: Mapping[str, Any], seed: int) -> Maker:
+def _maker(member: str, method: type[Distiller], arguments: Mapping[str, Any], seed: int) -> Maker:
     def make(student: Tapped, teacher: Teacher | None, data: DataSpec) -> Distiller:
-        return method(student, teacher, data, seed=seed, **options)
+        # A stream for each member: its adapters start alike alone and in any composition.
+        with forked_generator(Stream.named(seed, "adapters", member)):
+            return method(student, teacher, data, seed=seed, **arguments)
 
     return make
 
@@ -215,19 +246,20 @@ def _follow_student(distiller: Distiller) -> None:
     like = next((p for p in student.parameters() if p.is_floating_point()), None)
     if like is None:
         return
+    dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype  # losses run in float32 at least
     for child in distiller.children():
         if child is not student:
-            child.to(device=like.device, dtype=like.dtype)
+            child.to(device=like.device, dtype=dtype)
     for part in distiller.modules():
         if isinstance(part, Distiller):
             part.step = part.step.to(like.device)
-            part._weight_values = part._weight_values.to(like.device)
+            part._weighting.to(like.device)
     own = [*distiller.named_parameters(recurse=False), *distiller.named_buffers(recurse=False)]
     for _, tensor in own:
-        tensor.data = tensor.data.to(device=like.device, dtype=like.dtype if tensor.is_floating_point() else None)
+        tensor.data = tensor.data.to(device=like.device, dtype=dtype if tensor.is_floating_point() else None)
 
 
-def _data_spec(student: nn.Module, num_classes: int | None, input_size: int | tuple[int, int] | None) -> DataSpec:
+def _data_spec(student: nn.Module, input_size: int | tuple[int, int] | None) -> DataSpec:
     """What can be known of the images when only the networks are given."""
     config = getattr(student, "pretrained_cfg", None) or getattr(student, "default_cfg", None) or {}
     declared = config.get("input_size") if isinstance(config, Mapping) else None
@@ -240,9 +272,9 @@ def _data_spec(student: nn.Module, num_classes: int | None, input_size: int | tu
         mean, std = (0.0,) * channels, (1.0,) * channels
     problems: list[str] = []
     for height, width in sizes:
-        spec = DataSpec(num_classes or 2, (height, width), tuple(mean), tuple(std))
+        spec = DataSpec(2, (height, width), tuple(mean), tuple(std))
         try:
-            classes = Tapped(student, spec, stages=[""]).num_classes if num_classes is None else num_classes
+            classes = Tapped(student, spec, stages=[""]).num_classes
         except (RuntimeError, ValueError) as error:
             problems.append(f"at {height}x{width}: {str(error).splitlines()[0]}")
             continue
@@ -258,6 +290,10 @@ def _check_classes(student: Tapped, teacher: Teacher | None, num_classes: int | 
             f"The student {type(student.module).__name__} has {student.num_classes} classes and num_classes is {num_classes}; "
             "make them equal."
         )
+    if teacher is not None:
+        types = [next((p.dtype for p in net.module.parameters() if p.is_floating_point()), None) for net in (student, teacher)]
+        if None not in types and types[0] != types[1]:
+            raise OptionError(f"The student computes in {types[0]} and the teacher in {types[1]}; cast one of them.")
     if teacher is not None and teacher.num_classes != student.num_classes:
         raise OptionError(
             f"The teacher {type(teacher.module).__name__} has {teacher.num_classes} classes and the student "

@@ -12,7 +12,7 @@ from distillzoo.schedules import Weight
 from distillzoo.taps import Tapped, Teacher
 from distillzoo.types import Batch, DataSpec, Loader, Phase, Requires, Trace
 
-__all__ = ["Composition", "Maker"]
+__all__ = ["Composition", "Maker", "composed_weights"]
 
 Maker = Callable[[Tapped, "Teacher | None", DataSpec], Distiller]
 """Makes one member on the shared student and teacher."""
@@ -57,7 +57,8 @@ class Composition(Distiller):
         for name, maker in makers.items():
             before = len(student.restructured)
             members[name] = member = maker(student, teacher, data)
-            if len(student.restructured) > before or type(member).predict is not Distiller.predict:
+            own_ways = any(getattr(type(member), name) is not getattr(Distiller, name) for name in ("predict", "export_student"))
+            if len(student.restructured) > before or own_ways:
                 singular.append(name)
         if len(singular) > 1:
             raise UnsupportedPairError(
@@ -66,11 +67,7 @@ class Composition(Distiller):
         self.members = nn.ModuleDict(dict(members))
         self._singular = singular[0] if singular else None
         self.requires = _join([member.requires for member in members.values()])
-        joined: dict[str, Weight] = {"ce": 1.0}
-        for name, member in members.items():
-            own = {**member.weights, **member.composed_weights}
-            joined |= {f"{name}.{term}": weight for term, weight in own.items() if term != "ce"}
-        self._set_weights(joined)
+        self.set_weights(composed_weights({name: (member.weights, member.composed_weights) for name, member in members.items()}))
         if weights is not None:
             self.override_weights(weights)
 
@@ -91,22 +88,26 @@ class Composition(Distiller):
 
     def phases(self) -> Sequence[Phase]:
         """Return the members' first phases one after the other, then the main one."""
-        phases = [
-            Phase(
-                f"{name}.{phase.name}",
-                phase.epochs,
-                None if phase.trainable is None else tuple(self._outer(name, pattern) for pattern in phase.trainable),
-                None if phase.terms is None else tuple(t if t == "ce" else f"{name}.{t}" for t in phase.terms),
-            )
-            for name, member in self._named().items()
-            for phase in member.phases()
-            if phase.name != "main"
-        ]
-        return (*phases, Phase())
+        named = self._named()
+        first = [self._outer(name, phase) for name, member in named.items() for phase in member.phases() if phase.name != "main"]
+        main = [(name, member.phases()[-1]) for name, member in named.items()]
+        if all(phase.trainable is None and phase.terms is None for _, phase in main):
+            return (*first, Phase())
+        joined = [self._outer(name, phase) for name, phase in main]
+        trainable = tuple(dict.fromkeys(pattern for phase in joined for pattern in phase.trainable or ()))
+        terms = tuple(dict.fromkeys(term for phase in joined for term in phase.terms or ()))
+        return (*first, Phase(trainable=trainable, terms=terms))
 
-    @staticmethod
-    def _outer(name: str, pattern: str) -> str:
-        return pattern if pattern.startswith("student.") else f"members.{name}.{pattern}"
+    def _outer(self, name: str, phase: Phase) -> Phase:
+        """A member's phase in the composition's names; what it leaves open is the student and that member, not the others."""
+        own = self._named()[name].weights if phase.terms is None else phase.terms
+        patterns = ("student.*", "*") if phase.trainable is None else phase.trainable
+        return Phase(
+            f"{name}.{phase.name}",
+            phase.epochs,
+            tuple(pattern if pattern.startswith("student.") else f"members.{name}.{pattern}" for pattern in patterns),
+            tuple(term if term == "ce" else f"{name}.{term}" for term in own),
+        )
 
     def prepare(self, loader: Loader) -> None:
         """Let every member gather its statistics."""
@@ -125,6 +126,18 @@ class Composition(Distiller):
     def export_student(self) -> nn.Module:
         """Export as the one member that restructures the student or predicts in its own way, if there is one."""
         return super().export_student() if self._singular is None else self._named()[self._singular].export_student()
+
+
+def composed_weights(members: Mapping[str, tuple[Mapping[str, Weight], Mapping[str, Weight]]]) -> dict[str, Weight]:
+    """Return the weights of a composition: ``ce`` weighs 1, and every member's terms as ``member.term``.
+
+    Args:
+        members: By name: the member's weights, and those of them that differ in a composition.
+    """
+    joined: dict[str, Weight] = {"ce": 1.0}
+    for name, (own, composed) in members.items():
+        joined |= {f"{name}.{term}": weight for term, weight in {**own, **composed}.items() if term != "ce"}
+    return joined
 
 
 def _join(needs: Sequence[Requires]) -> Requires:

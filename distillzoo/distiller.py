@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillzoo.errors import OptionError, ShapeError, TapError, UnsupportedPairError, unknown_name
-from distillzoo.schedules import Schedule, Weight, as_schedule
+from distillzoo.schedules import Schedule, Weight
 from distillzoo.streams import Stream, draw_seed
 from distillzoo.taps import Tapped, Teacher, pair_from_deep_end, remove_hooks
 from distillzoo.types import Batch, DataSpec, Loader, ParamGroup, Phase, Progress, Requires, StepOutput, Trace
+from distillzoo.weighting import TermWeights, preset_weights
 
 __all__ = ["Distiller"]
 
 _FINAL = ("forward", "set_progress", "param_groups", "train")
+_HALF = (torch.float16, torch.bfloat16)
 _KINDS: tuple[Literal["weight", "norm_bias", "exempt"], ...] = ("weight", "norm_bias", "exempt")
 
 
@@ -58,7 +60,7 @@ class Distiller(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        taken = [name for name in _FINAL if name in vars(cls)]
+        taken = [name for name in _FINAL if getattr(cls, name) is not getattr(Distiller, name)]  # a mixin's count as well
         if taken:
             raise TypeError(
                 f"{cls.__name__} overrides {', '.join(taken)}, which Distiller keeps final; write distill_terms instead."
@@ -83,7 +85,7 @@ class Distiller(nn.Module, ABC):
         if student.claim():
             self.student = student.module
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self._set_weights(self.default_weights(weights if isinstance(weights, str) else None))
+        self.set_weights(preset_weights(self.weight_presets, weights if isinstance(weights, str) else None, type(self).__name__))
         if weights is not None and not isinstance(weights, str):
             self.override_weights(weights)
 
@@ -147,7 +149,8 @@ class Distiller(nn.Module, ABC):
             ShapeError: If images and targets do not fit.
             TapError: If the given trace lacks a tap.
         """
-        batch = Batch(images, targets, index, second_view)
+        hard = targets.ndim == 1 and not targets.is_floating_point()
+        batch = Batch(images, targets.to(torch.int64) if hard else targets, index, second_view)
         self._check_batch(batch)
         student = self.student_net(images)
         if second_view is not None and self.requires.second_view:
@@ -157,9 +160,9 @@ class Distiller(nn.Module, ABC):
         self._check_trace(teacher)
         with torch.autocast(images.device.type, enabled=False):
             student, teacher = _full_precision(student), None if teacher is None else _full_precision(teacher)
-            terms = {"ce": F.cross_entropy(student.logits, targets)}
+            terms = {"ce": F.cross_entropy(student.logits, batch.targets)}
             terms.update(self.distill_terms(student, teacher, batch))
-            loss, weights = self._weigh(terms)
+            loss, weights = self._weighting.weigh(terms)
         if self.training:
             for distiller in self._distillers():
                 distiller.step.add_(1)
@@ -167,16 +170,17 @@ class Distiller(nn.Module, ABC):
 
     @final
     def set_progress(self, progress: Progress) -> None:
-        """Tell the distiller where training stands: sets ``step`` and the weights' current values, without a host sync."""
-        phase = next((phase for phase in self.phases() if phase.name == progress.phase), Phase())
+        """Tell the distiller where training stands: sets ``step`` and the weights' current values, without a host sync.
+
+        Raises:
+            OptionError: If there is no such phase.
+        """
+        phases = {phase.name: phase for phase in self.phases()}
+        if progress.phase not in phases:
+            raise OptionError(unknown_name(f"phase of {type(self).__name__}", progress.phase, phases, listed="Its phases are"))
         for distiller in self._distillers():
             distiller.step.fill_(progress.step)
-        self._fill_weights(
-            [
-                schedule(progress) if phase.terms is None or name in phase.terms else 0.0
-                for name, schedule in self._schedules.items()
-            ]
-        )
+        self._weighting.advance(progress, phases[progress.phase].terms)
 
     @final
     def param_groups(self) -> list[ParamGroup]:
@@ -217,10 +221,13 @@ class Distiller(nn.Module, ABC):
     @property
     def weights(self) -> dict[str, Schedule]:
         """The schedule of every term's weight, ``ce`` first."""
-        return dict(self._schedules)
+        return dict(self._weighting.schedules)
 
     def stream(self, name: str) -> Stream:
-        """Return the method's own stream of draws, a pure function of the seed, the class and ``name``."""
+        """Return the method's own stream of draws, a pure function of the seed, the class and ``name``.
+
+        Make streams in the constructor: the name is hashed on the host, which no compiled step can trace.
+        """
         return Stream.named(self.seed, type(self).__name__, name)
 
     def stage_pairs(self, student: str = "stages", teacher: str = "stages") -> tuple[tuple[str, str], ...]:
@@ -233,18 +240,9 @@ class Distiller(nn.Module, ABC):
             )
         return pairs
 
-    def default_weights(self, preset: str | None = None) -> dict[str, Weight]:
-        """Return the weights of a preset, ``ce`` first; the first preset where none is named.
-
-        Raises:
-            OptionError: If there is no such preset.
-        """
-        if preset is not None and preset not in self.weight_presets:
-            raise OptionError(
-                unknown_name(f"weight preset of {type(self).__name__}", preset, self.weight_presets, listed="Allowed")
-            )
-        chosen = self.weight_presets[preset or next(iter(self.weight_presets))]
-        return {"ce": chosen.get("ce", 1.0), **{name: weight for name, weight in chosen.items() if name != "ce"}}
+    def set_weights(self, weights: Mapping[str, Weight]) -> None:
+        """Give every term its weight, ``ce`` among them; for methods whose terms follow from their options."""
+        self._weighting = TermWeights(weights, type(self).__name__).to(self.step.device)
 
     def override_weights(self, weights: Mapping[str, Weight]) -> None:
         """Replace some of the weights.
@@ -252,10 +250,7 @@ class Distiller(nn.Module, ABC):
         Raises:
             OptionError: If a name is no term of this method.
         """
-        for name in weights:
-            if name not in self._schedules:
-                raise OptionError(unknown_name(f"term of {type(self).__name__}", name, self._schedules, listed="Its terms are"))
-        self._set_weights({**self._schedules, **weights})
+        self._weighting = self._weighting.overridden(weights)
 
     # ------------------------------------------------------------------ inside
 
@@ -269,30 +264,6 @@ class Distiller(nn.Module, ABC):
         for part in self.parts():
             yield from part._distillers()
 
-    def _set_weights(self, weights: Mapping[str, Weight]) -> None:
-        self._schedules = {name: as_schedule(weight, name) for name, weight in weights.items()}
-        self._current: list[float] = []
-        # Not a buffer: a cast of the module must not round weights, and they follow from progress at resume.
-        self._weight_values = torch.zeros(len(weights), dtype=torch.float64, device=self.step.device)
-        self._fill_weights([schedule.final() for schedule in self._schedules.values()])
-
-    def _fill_weights(self, values: list[float]) -> None:
-        if values != self._current:
-            self._current = values
-            self._weight_values.copy_(torch.tensor(values, dtype=torch.float64), non_blocking=True)
-            self._silent = {name for name, value in zip(self._schedules, values, strict=True) if value == 0.0}
-
-    def _weigh(self, terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        if terms.keys() != self._schedules.keys():
-            raise OptionError(
-                f"{type(self).__name__} returned the terms {sorted(terms)} but has weights for {sorted(self._schedules)}; "
-                "both must name the same terms."
-            )
-        weights = dict(zip(self._schedules, self._weight_values.unbind(), strict=True))
-        # A term of weight 0 is left out, not multiplied: 0 * inf would poison the sum.
-        parts = [weights[name].to(term.dtype) * term for name, term in terms.items() if name not in self._silent]
-        return (torch.stack(parts).sum() if parts else terms["ce"] * 0.0), weights
-
     def _check_batch(self, batch: Batch) -> None:
         name = type(self).__name__
         if batch.images.ndim != 4 or not len(batch.images):
@@ -301,6 +272,12 @@ class Distiller(nn.Module, ABC):
             raise ShapeError(
                 f"targets must be (B,) labels or (B, num_classes) probabilities with B = {len(batch.images)}; "
                 f"got {tuple(batch.targets.shape)}."
+            )
+        if batch.targets.ndim == 2 and batch.targets.shape[1] != self.data.num_classes:
+            raise ShapeError(f"Soft targets must be (B, {self.data.num_classes}); got {tuple(batch.targets.shape)}.")
+        if batch.targets.ndim == 1 and batch.targets.is_floating_point():
+            raise ShapeError(
+                f"Labels of shape (B,) must be integers; got {batch.targets.dtype}: convert them, or pass probabilities."
             )
         if self.requires.hard_labels and batch.targets.ndim != 1:
             raise OptionError(f"{name} needs class numbers; got soft targets {tuple(batch.targets.shape)}: switch mixing off.")
@@ -314,6 +291,8 @@ class Distiller(nn.Module, ABC):
             return
         if teacher is None:
             raise OptionError(f"{type(self).__name__} got no teacher trace and has no teacher to make one.")
+        if self.requires.second_view and teacher.second is None:
+            raise OptionError(f"{type(self).__name__} needs the teacher's trace of the second view too: Trace.second is None.")
         missing = [name for name in self.teacher_net.names(*self.requires.teacher_taps) if name not in teacher.features]
         if missing:
             raise TapError(f"The teacher's trace lacks {', '.join(missing)}; request them: teacher.request({missing[0]!r}, ...).")
@@ -322,8 +301,16 @@ class Distiller(nn.Module, ABC):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher_net is not None:
             self.teacher_net.module._apply(fn)  # type: ignore[no-untyped-call]
-        self._weight_values = self._weight_values.to(self.step.device)
+        self._weighting.to(self.step.device)
+        self._restore_precision()
         return self
+
+    def _restore_precision(self) -> None:
+        """Adapters and buffers of the method stay in float32 where the student is cast to a half type: losses run in float32."""
+        own = {id(tensor) for tensor in (*self.student_net.module.parameters(), *self.student_net.module.buffers())}
+        for tensor in (*self.parameters(), *self.buffers()):
+            if id(tensor) not in own and tensor.dtype in _HALF:
+                tensor.data = tensor.data.float()
 
 
 def _full_precision(trace: Trace) -> Trace:
@@ -333,4 +320,4 @@ def _full_precision(trace: Trace) -> Trace:
 
 
 def _float(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    return value.float() if value.dtype in _HALF else value

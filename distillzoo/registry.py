@@ -87,9 +87,10 @@ class Registry(Mapping[str, T], Generic[T]):
         for entry in entry_points(group=self._group):
             try:
                 self.register(entry.name)(entry.load())
-            except OptionError:
-                raise
             except Exception as error:
+                self._loaded = False  # a broken entry point is an error every time, not only the first
+                if isinstance(error, OptionError):
+                    raise
                 raise OptionError(
                     f"The entry point {entry.name!r} = {entry.value!r} in group {self._group!r} cannot be loaded "
                     f"({type(error).__name__}: {error}); repair or uninstall the package that ships it."

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,7 +129,11 @@ class Stream:
         return (x ^ (x >> 31)) >> 1
 
     def _key(self, step: int | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        counter = step.to(device=device) if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=device)
+        counter = (
+            step.to(device=device, dtype=torch.int64)
+            if isinstance(step, Tensor)
+            else torch.full((), step, dtype=torch.int64, device=device)
+        )
         key = _split64((counter + 1) * _GOLDEN_SIGNED + self.root)
         return _low32(key), _low32(key >> 32)
 
@@ -141,9 +146,9 @@ def draw_seed(seed: int | None) -> int:
     """
     if seed is None:
         return int(torch.randint(0, 1 << 62, ()).item())
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or (number := operator.index(seed)) < 0:
         raise OptionError(f"seed must be a non-negative integer or None; got {seed!r}.")
-    return seed
+    return number
 
 
 @contextmanager
@@ -160,5 +165,8 @@ def forked_generator(stream: Stream, step: int = 0, *, device: torch.device | st
     device = torch.device(device)
     cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(stream.seed(step))
+        seed = stream.seed(step)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices that are not put back
+        for index in cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
         yield

@@ -67,7 +67,9 @@ class DataSpec:
         if self.targets is not None:
             if self.targets.ndim != 1 or self.targets.dtype.is_floating_point:
                 raise OptionError(f"targets must be (N,) integer labels; got {tuple(self.targets.shape)} {self.targets.dtype}.")
-            if self.num_samples is not None and self.num_samples != len(self.targets):
+            if self.num_samples is None:
+                object.__setattr__(self, "num_samples", len(self.targets))
+            if self.num_samples != len(self.targets):
                 raise OptionError(f"targets has {len(self.targets)} labels but num_samples is {self.num_samples}.")
 
     @property

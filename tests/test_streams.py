@@ -202,7 +202,6 @@ def test_a_forked_generator_is_seeded_inside_and_untouched_outside():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.xfail(reason="torch.manual_seed seeds the CUDA generators as well, which fork_rng(devices=[]) does not put back")
 def test_a_generator_forked_for_the_cpu_leaves_cuda_alone(monkeypatch):
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)

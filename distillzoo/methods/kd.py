@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
+from distillzoo.adapters.connectors import full_precision
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError
 from distillzoo.registry import register_distiller
@@ -44,9 +45,9 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
             "Flatten dense or token logits to (B, C) first."
         )
     check_temperature(temperature)
-    log_student = F.log_softmax(student_logits / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    log_student = F.log_softmax(full_precision(student_logits) / temperature, dim=1)
+    probabilities = F.softmax(full_precision(teacher_logits.detach()) / temperature, dim=1)  # a zero contributes nothing
+    return F.kl_div(log_student, probabilities, reduction="batchmean") * temperature**2
 
 
 def check_temperature(temperature: float) -> None:
