@@ -162,7 +162,7 @@ def folder_from_tree(
         train, evaluation = train.take(stays), train.take(held)
     title = title or f"{tree.root.resolve().name} (image folder{', a fifth split off' if tree.seeded else ''})"
     if tree.skipped:
-        title += f" without {len(tree.skipped):,} unusable files"
+        title += f" without {len(tree.skipped):,} unusable file{'s' * (len(tree.skipped) > 1)}"
     return FolderDataSet(name, title, split, tree.classes, views, train, evaluation, workers)
 
 

@@ -281,7 +281,9 @@ def packed(
     if split == "heldout":
         stays, held = hold_out_rows(train.targets, index.classes)
         train, evaluation = train.take(stays), train.take(held)
-    notes = ["a fifth split off"] * index.seeded + [f"without {len(index.skipped):,} unusable files"] * bool(index.skipped)
+    notes = ["a fifth split off"] * index.seeded + [f"without {(n := len(index.skipped)):,} unusable file{'s' * (n > 1)}"] * bool(
+        index.skipped
+    )
     title = f"{index.source} ({', '.join([f'packed at short side {short}: another protocol than image files', *notes])})"
     return PackedDataSet("packed", title, split, tuple(index.classes), views, train, evaluation)
 

@@ -129,6 +129,9 @@ def pack_folder(
         partial.mkdir(parents=True)
         index = _write(tree, partial, short_side, advance or _silent)
         partial.replace(place)
+    except DataError:  # a file that cannot be used: what was written until then is of no use
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except OSError as error:
         gigabytes = 4 * short_side**2 * (len(tree.train) + len(tree.evaluation)) / 1e9
         raise DataError(
