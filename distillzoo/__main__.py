@@ -17,6 +17,7 @@ __all__: list[str] = []
 
 _COMMANDS = {
     "pack": ("distillzoo.data.packing_cli", "decode a folder of images once, into one memory-mapped file"),
+    "taps": ("distillzoo.taps_cli", "list a network's stages, their shapes and what they were before their activation"),
 }
 _WRONG_INPUT, _INTERRUPTED = 2, 130
 

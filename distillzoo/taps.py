@@ -156,6 +156,14 @@ class Tapped:
                 raise TapError(f"The {self.role} has no tap {name!r}; it has {', '.join(near)}.{hint}")
         return tuple(found)
 
+    def path(self, name: str) -> str:
+        """Return the tap path that a name stands for.
+
+        Raises:
+            TapError: If the name is no tap of this network.
+        """
+        return self._taps[self.names(name)[0]][0]
+
     def add_tap(self, name: str, path: str, layout: Layout = "auto") -> str:
         """Make a tensor of the network tappable under a name of one's own and measure it; every other tap is measured anew.
 

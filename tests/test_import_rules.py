@@ -32,6 +32,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "engine": FOUNDATION | {"taps", "distiller"},  # the teacher and the interface
     "bench": FOUNDATION | {"taps", "distiller", "engine", "build", "models", "data", "root"},  # what build returns, engine takes
     "__main__": FOUNDATION | NETWORK | {"build", "models", "data"},  # the small commands
+    "taps_cli": FOUNDATION | NETWORK | {"models"},  # a command: builds a network by name and shows its taps
     "root": FOUNDATION | NETWORK | {"distiller", "build", "models", "data", "engine", "functional", "testing"},
 }
 """A component (a file or folder of the package, ``root`` for its ``__init__``) and those that it may import beside itself."""

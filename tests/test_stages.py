@@ -328,6 +328,24 @@ def test_a_classifier_over_positions_is_read_by_the_mean():
     torch.testing.assert_close(tapped(images).features["pooled"], net.blocks(net.stem(images)).mean((2, 3)))
 
 
+def test_neither_a_pooling_nor_the_classifiers_maps_are_a_stage():
+    class Pooled(Steps):
+        def __init__(self):
+            super().__init__(2)
+            self.blocks = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2))
+            self.fc = nn.Conv2d(4, 5, 1)
+
+        def forward(self, x):
+            return self.fc(self.blocks(self.stem(x))).mean((2, 3))
+
+    net = Pooled()
+    assert found(net) == ["blocks.1", "blocks.3"]
+    net.blocks.insert(4, nn.Dropout())
+    assert found(net) == ["blocks.1", "blocks.3"]
+    net.feature_info = [{"module": "blocks.1", "reduction": 2}, {"module": "blocks.5", "reduction": 4}]
+    assert found(net) == ["blocks.1"]
+
+
 def test_a_network_that_runs_without_gradients_alone_is_read_by_shape():
     class Overwrites(Steps):
         def forward(self, x):

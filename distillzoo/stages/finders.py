@@ -110,12 +110,18 @@ def _from_feature_info(module: nn.Module, probe: Probe) -> tuple[Stage, ...] | N
         for entry in entries
         if isinstance(entry, Mapping) and str(entry.get("module")) in paths
     ]
+    stages = [stage for stage in stages if not _pools(probe.dry_run.last(stage.path))]
     isotropic = len({stage.stride for stage in stages}) == 1
     chosen = _evenly(stages) if isotropic else tuple(stages[-_MOST_STAGES:])
     calls = [probe.dry_run.last(stage.path) for stage in chosen]
     if any(call is None or call.shape is None or map_size(module, probe.data, call.shape) is None for call in calls):
         return None
     return chosen or None
+
+
+def _pools(call: Call | None) -> bool:
+    """Whether it is a pooling: it learns nothing and makes maps smaller; the stage is what it reads."""
+    return call is not None and call.shape != call.argument and not any(True for _ in call.module.parameters())
 
 
 def _from_resolutions(module: nn.Module, probe: Probe) -> tuple[Stage, ...]:
@@ -142,15 +148,19 @@ def _from_resolutions(module: nn.Module, probe: Probe) -> tuple[Stage, ...]:
 
 def _by_size(module: nn.Module, probe: Probe, run: DryRun, nodes: Mapping[Node, int] | set[Node]) -> list[list[Call]]:
     """The calls whose outputs are among the nodes, by size, largest first; the outermost of those that return the same."""
+    behind = min((run.depths[head.node] for head in _heads(run) if head.node is not None), default=len(run.depths))
     groups: dict[tuple[int, int], dict[Node, Call]] = {}
     ops: dict[tuple[int, int], int] = {}
     for call in run.calls:
         size = None if call.shape is None or not call.path else map_size(module, probe.data, call.shape)
-        if size is None or call.node not in run.depths:
+        if size is None or run.depths.get(call.node, behind) >= behind:  # the classifier's own maps are no stage
             continue
         ops[size] = ops.get(size, 0) + call.has_weights
-        if call.node in nodes and size[0] * size[1] > 1:
-            groups.setdefault(size, {})[call.node] = call
+        if call.node is not None and call.node in nodes and size[0] * size[1] > 1:
+            same = groups.setdefault(size, {})
+            inner = same.setdefault(call.node, call)
+            if inner.path.startswith(f"{call.path}."):  # a container; not a dropout that comes after and rests in eval mode
+                same[call.node] = call
     kept = [size for size in sorted(groups, key=lambda size: -size[0] * size[1]) if ops[size]]
     if len(kept) > 1 and ops[kept[0]] == 1:
         del kept[0]  # a stem: one op on the images
