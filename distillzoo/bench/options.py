@@ -151,7 +151,7 @@ def _take_dotted(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]
             continue
         path, value = match.group(1), match.group(2)
         if value is None:
-            if position >= len(arguments):
+            if position >= len(arguments) or arguments[position].startswith("--"):
                 raise OptionError(f"--{path} needs a value; write --{path} VALUE.")
             value = arguments[position]
             position += 1

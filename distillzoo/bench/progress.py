@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import NoReturn, TextIO
@@ -61,13 +62,15 @@ class Meter:
         self._text = ""
         self._bar: tqdm[NoReturn] | None = None
         if console.err.isatty():
+            wide = os.get_terminal_size(console.err.fileno()).columns > 0  # some terminals do not know; tqdm would draw nothing
             self._bar = tqdm(
                 total=self._total,
                 initial=done,
                 file=console.err,
                 mininterval=0.5,
                 smoothing=0.05,
-                dynamic_ncols=True,
+                dynamic_ncols=wide,
+                ncols=None if wide else 80,
                 bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}",
             )
 

@@ -262,7 +262,11 @@ def find_recipe(name: str | None, dataset: str | None) -> Path:
         raise UnknownNameError(
             f"The data set {wanted!r} has no recipe {name!r}; pass --dataset {others[0].removesuffix(f'_{name}')} with it."
         )
-    raise UnknownNameError(unknown_name("recipe", name or wanted, names, listed="There are"))
+    if name is None:
+        raise OptionError(
+            f"The data set {wanted!r} has no recipe of its own; pass --recipe FILE, a YAML file like the built-in ones."
+        )
+    raise UnknownNameError(unknown_name("recipe", name, names, listed="There are"))
 
 
 def load_recipe(path: Path) -> Recipe:

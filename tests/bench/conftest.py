@@ -1,0 +1,77 @@
+"""A tiny recipe on generated images, and the command line called in this process."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from distillzoo.bench.cli import main
+from distillzoo.bench.progress import Console
+from distillzoo.bench.recipe import Recipe, make_recipe
+from distillzoo.data import DataSet, load_dataset
+
+TINY = {
+    "name": "tiny",
+    "dataset": "synthetic",
+    "pairs": ["tinycnn_32:tinycnn_8"],
+    "table": "digits",
+    "methods": ["vanilla", "kd"],
+    "seeds": [0, 1],
+    "data": {"num_classes": 3, "size": 8, "num_train": 24, "num_test": 12},
+    "teacher": {"epochs": 2, "batch_size": 12, "lr": 0.05, "schedule": "onecycle"},
+    "student": {"epochs": 3, "batch_size": 12, "lr": 0.05, "schedule": "onecycle"},
+}
+
+TINY_YAML = """
+name: tiny
+dataset: synthetic
+pairs: [tinycnn_32:tinycnn_8]
+table: digits
+methods: [vanilla, kd]
+seeds: [0, 1]
+data: {num_classes: 3, size: 8, num_train: 24, num_test: 12}
+teacher: {epochs: 2, batch_size: 12, lr: 0.05, schedule: onecycle}
+student: {epochs: 3, batch_size: 12, lr: 0.05, schedule: onecycle}
+"""
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Outcome]
+
+
+@pytest.fixture
+def call() -> Call:
+    """Call the command line; returns its exit code and what it wrote."""
+
+    def run(*arguments: str, teacher_folders: tuple[Path, ...] = ()) -> Outcome:
+        out, err = io.StringIO(), io.StringIO()
+        code = main(arguments, teacher_folders=teacher_folders, console=Console(out, err))
+        return Outcome(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_YAML)
+    return str(path)
+
+
+@pytest.fixture
+def tiny() -> Recipe:
+    return make_recipe(TINY)
+
+
+@pytest.fixture
+def tiny_data() -> Callable[[Recipe], DataSet]:
+    return lambda recipe: load_dataset(recipe.dataset, split=recipe.split, **recipe.data)

@@ -1,0 +1,170 @@
+"""Exit codes and sentences of the command line, for everything that can be wrong before a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distillzoo.models import create_model
+from tests.bench.conftest import Call
+
+WRONG = [
+    (["--methods", "vanila,kd"], "Unknown method 'vanila'. Did you mean 'vanilla'"),
+    (["--methods", ""], "--methods is empty"),
+    (["--methods", "kd,,at"], "empty name"),
+    (["--methods", "kd,kd"], "'kd' twice"),
+    (["--pairs", "tinycnn_33:tinycnn_8"], "Unknown model 'tinycnn_33'. Did you mean 'tinycnn_32'"),
+    (["--pairs", "tinycnn_32"], "teacher:student"),
+    (["--pairs", "tinycnn_32:tinycnn_8,tinycnn_32:tinycnn_8"], "twice"),
+    (["--teacher", "resnt20"], "Did you mean 'resnet20'"),
+    (["--dataset", "digts"], "Unknown data set 'digts'. Did you mean 'digits'"),
+    (["--dataset", "folder"], "folder"),
+    (["--dataset", "cifar100", "--recipe", "cpu"], "--data-root"),
+    (["--dataset", "cifar100", "--recipe", "cpu", "--data-root", "/nonexistent/place"], "/nonexistent/place"),
+    (["--data-root", "/tmp"], "reads no files"),
+    (["--recipe", "digts"], "Unknown recipe 'digts'"),
+    (["--table", "digts"], "Unknown table 'digts'"),
+    (["--epochs", "0"], "at least 1; got 0"),
+    (["--epochs", "1.5"], "got '1.5'"),
+    (["--seeds", "0,x"], "got 'x'"),
+    (["--seeds", "0,0"], "twice"),
+    (["--seeds", "0,00"], "twice"),
+    (["--seeds", "-1"], "at least 0"),
+    (["--threads", "0"], "--threads"),
+    (["--split", "tset"], "Did you mean 'test'"),
+    (["--device", "gpu"], "Unknown device 'gpu'"),
+    (["--method", "kd"], "Unknown option '--method'. Did you mean '--methods'"),
+    (["--epochs"], "expected one argument"),
+    (["stray"], "Unknown option 'stray'"),
+    (["--student.lr", "abc"], "expected float; got abc"),
+    (["--student.lr", "-1"], "lr of the training configuration must be above 0"),
+    (["--student.lr"], "needs a value"),
+    (["--student.lr", "1", "--student.lr", "2"], "given twice"),
+    (["--student.lrr", "1"], "Did you mean 'lr'"),
+    (["--kd.temperatur", "1"], "Did you mean 'temperature'"),
+    (["--kd.temperature", "-1"], "above 0"),
+    (["--kd.temperature", "abc"], "'kd' refuses its options {'temperature': 'abc'}"),
+    (["--kd.weights.dk", "1"], "'dk'. Its terms are: ce, kd"),
+    (["--kd.weights.kd", "abc"], "finite number"),
+    (["--data.num_trai", "1"], "Did you mean 'num_train'"),
+    (["--taps.tinycnn_8", "[stage1, stag2]"], "no module 'stag2'; the nearest paths are stage2"),
+    (["--taps.tinycnn_32", "[stag1]"], "nearest paths"),
+    (["--sweep", "kd.temp=1,2"], "Unknown option of kd 'temp'"),
+    (["--sweep", "kd.temperature"], "METHOD.option=v1,v2"),
+    (["--executor", "ray"], "not built yet"),
+    (["--executor", "srial"], "Unknown executor"),
+    (["--report"], "not built yet"),
+    (["--packed"], "not built yet"),
+    (["--class-list", "x"], "not built yet"),
+    (["--allow-missing-classes"], "not built yet"),
+    (["--teacher-head", "slice"], "not built yet"),
+    (["--teacher-checkpoint", "missing.pt"], "does not exist"),
+    (["--dry-run", "--smoke"], "exclude each other"),
+    (["--table-only"], "no records"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_wrong_input_is_one_sentence_and_writes_nothing(
+    arguments: list[str], words: str, call: Call, recipe_file: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "runs"
+    base = [] if {"--dataset", "--recipe", "--smoke"} & set(arguments) else ["--recipe", recipe_file]
+    outcome = call(*base, *arguments, "--output", str(output))
+    assert outcome.code == 2
+    assert words in outcome.err
+    assert outcome.err.startswith("run_table.py: ")
+    assert outcome.err.count("\n") == 1
+    assert outcome.out == ""
+    assert not output.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_asked_for_and_absent(call: Call, recipe_file: str, tmp_path: Path) -> None:
+    outcome = call("--recipe", recipe_file, "--device", "cuda", "--output", str(tmp_path / "runs"))
+    assert (outcome.code, (tmp_path / "runs").exists()) == (2, False)
+    assert "no usable CUDA device" in outcome.err
+
+
+RECIPES = {
+    "name: a\nname: b\n": "'name' stands twice",
+    "name: !!python/object/apply:os.getcwd []\n": "never tags that construct objects",
+    "- 1\n": "mapping of fields",
+    "name: [\n": "not valid YAML",
+    "name: a\n": "lacks the field 'dataset'",
+    "nam: a\n": "Did you mean 'name'",
+}
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_wrong_recipe_files(text: str, call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    outcome = call("--recipe", str(path), "--output", str(tmp_path / "runs"))
+    assert outcome.code == 2
+    assert RECIPES[text] in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_of_another_data_set(call: Call, recipe_file: str) -> None:
+    assert "is for synthetic, but --dataset is digits" in call("--recipe", recipe_file, "--dataset", "digits").err
+
+
+def test_an_output_folder_that_cannot_be_written(call: Call, recipe_file: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("keep")
+    for place in ("file", "file/below"):
+        outcome = call("--recipe", recipe_file, "--output", str(tmp_path / place))
+        assert outcome.code == 2
+        assert "cannot be written to" in outcome.err
+    assert (tmp_path / "file").read_text() == "keep"
+
+
+@pytest.mark.parametrize(("network", "classes"), [("tinycnn_32", 5), ("tinycnn_8", 3), ("resnet8", 3)])
+def test_a_teacher_checkpoint_that_does_not_fit(network: str, classes: int, call: Call, recipe_file: str, tmp_path: Path) -> None:
+    torch.save(create_model(network, num_classes=classes).state_dict(), tmp_path / "teacher.pt")
+    outcome = call(
+        "--recipe", recipe_file, "--teacher-checkpoint", str(tmp_path / "teacher.pt"), "--output", str(tmp_path / "runs")
+    )
+    assert outcome.code == 2
+    assert "weights of a tinycnn_32 with 3 classes" in outcome.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_checkpoint_that_holds_objects(call: Call, recipe_file: str, tmp_path: Path) -> None:
+    torch.save({"model": tmp_path}, tmp_path / "teacher.pt")
+    outcome = call(
+        "--recipe", recipe_file, "--teacher-checkpoint", str(tmp_path / "teacher.pt"), "--output", str(tmp_path / "runs")
+    )
+    assert outcome.code == 2
+    assert "cannot be read" in outcome.err
+
+
+def test_list(call: Call) -> None:
+    outcome = call("--list")
+    assert outcome.code == 0
+    for words in ("Methods: ", "kd", "digits", "cifar100_paper", "resnet8x4", "tinycnn_8"):
+        assert words in outcome.out
+
+
+def test_dry_run_measures_and_writes_nothing(call: Call, recipe_file: str, tmp_path: Path) -> None:
+    outcome = call("--recipe", recipe_file, "--dry-run", "--output", str(tmp_path / "runs"))
+    assert outcome.code == 0
+    lines = [line.split() for line in outcome.out.splitlines()]
+    assert lines[2][:4] == ["teacher", "tinycnn_32", "1", "4"], "2 epochs of 2 steps"
+    assert lines[3][:5] == ["tinycnn_32:tinycnn_8", "seed", "0", "2", "6"], "3 epochs of 2 steps, two members"
+    assert float(lines[3][5]) > 0
+    assert float(lines[3][7]) > 10, "MiB"
+    assert "nothing was written" in outcome.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_smoke_steps_every_registered_method(call: Call) -> None:
+    from distillzoo import list_distillers
+
+    outcome = call("--smoke")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count(" ± -") >= len(list_distillers())
+    assert "missing" not in outcome.out

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from distillzoo.bench import progress
+from distillzoo.bench.progress import Console
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    clock = _Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    return clock
+
+
+def test_plain_lines_where_there_is_no_terminal(clock: _Clock) -> None:
+    err = io.StringIO()
+    meter = Console(io.StringIO(), err).meter(100.0)
+    for _ in range(25):
+        clock.now += 2
+        meter.advance(1.0, "group a")
+    meter.close()
+    assert err.getvalue() == " 16% 00:32<02:48 group a\n", "one line in 50 seconds, and the time that is left"
+
+
+def test_work_of_an_earlier_call_says_nothing_about_the_speed(clock: _Clock) -> None:
+    err = io.StringIO()
+    meter = Console(io.StringIO(), err).meter(100.0)
+    meter.skip(50.0)
+    clock.now += 40
+    meter.advance(10.0, "on")
+    assert err.getvalue() == " 60% 00:40<02:40 on\n"
+
+
+def test_lines_go_where_they_belong() -> None:
+    out, err = io.StringIO(), io.StringIO()
+    console = Console(out, err)
+    console.say("figure")
+    console.warn("note")
+    assert (out.getvalue(), err.getvalue()) == ("figure\n", "note\n")

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distillzoo.bench.plan import Plan, make_plan
+from distillzoo.bench.plot import fits_log_axis, plot_table
+from distillzoo.bench.recipe import Recipe, apply_override, find_recipe, load_recipe, make_recipe
+from distillzoo.bench.render import Spread, as_markdown, as_text
+from distillzoo.bench.rows import load_table
+from distillzoo.bench.table import make_table, protocol_note
+from distillzoo.data import DataSet
+from tests.bench.conftest import TINY
+
+Load = Callable[[Recipe], DataSet]
+LAST = {"vanilla": {0: 70.0, 1: 72.0, 2: 71.0}, "kd": {0: 72.0, 1: 73.0, 2: 74.0}, "at": {0: 75.0, 2: 73.0}, "vid": {}}
+TEACHER = {"id": "t", "name": "tinycnn_32", "accuracy": 91.25, "parameters": 287843}
+
+
+@pytest.fixture
+def plan(tiny_data: Load) -> Plan:
+    recipe = make_recipe({**TINY, "methods": list(LAST), "seeds": [0, 1, 2]})
+    return make_plan(recipe, load_table("digits"), tiny_data)
+
+
+def results_of(plan: Plan, last: dict[str, dict[int, float]]) -> dict[str, dict[str, Any]]:
+    return {
+        cell.run.id: {
+            "status": "done",
+            "last_accuracy": last[cell.row.name][cell.seed],
+            "best_accuracy": last[cell.row.name][cell.seed] + 1.0,
+            "parameters": 6179,
+        }
+        for cell in plan.cells
+        if cell.seed in last[cell.row.name]
+    }
+
+
+def test_the_text_of_fixed_records(plan: Plan) -> None:
+    text = make_table(plan, results_of(plan, LAST), lambda _: TEACHER).text()
+    assert text.split("\n\n")[:2] == [
+        "synthetic: tinycnn_32 -> tinycnn_8",
+        "method           last epoch    best epoch         vs KD       n\n"
+        "-------------  ------------  ------------  ------------  ------\n"
+        "student alone  71.00 ± 1.00  72.00 ± 1.00  -2.00 ± 1.00       3\n"
+        "KD             73.00 ± 1.00  74.00 ± 1.00             -       3\n"
+        "AT             74.00 ± 1.41  75.00 ± 1.41  +1.00 ± 2.83  2 of 3\n"
+        "VID                 missing             -             -  0 of 3",
+    ]
+
+
+def test_the_caption_says_what_must_be_known(plan: Plan) -> None:
+    caption = make_table(plan, results_of(plan, LAST), lambda _: TEACHER).blocks[0].caption
+    for words in (
+        "synthetic, 24 training and 12 test images",
+        "split: test",
+        "last epoch",
+        "n = 0 to 3 seeds",
+        "teacher tinycnn_32 91.25 % (287,843 parameters)",
+        "student tinycnn_8 (6,179 parameters)",
+        "differences inside the spread mean nothing",
+        "tiny recipe, 3 seeds: not comparable with published figures",
+    ):
+        assert words in caption
+
+
+def test_differences_are_paired_over_seeds(plan: Plan) -> None:
+    line = make_table(plan, results_of(plan, LAST), lambda _: None).blocks[0].lines[2]
+    assert line.against == {0: 3.0, 2: -1.0}, "seed 1 of AT is missing, so KD's seed 1 must not count"
+
+
+def test_one_seed_has_no_spread_and_ranks_nothing(tiny_data: Load) -> None:
+    recipe = make_recipe({**TINY, "seeds": [0]})
+    plan = make_plan(recipe, load_table("digits"), tiny_data)
+    table = make_table(plan, results_of(plan, LAST), lambda _: None)
+    assert "70.00 ± -" in table.text()
+    assert "One seed ranks nothing." in table.blocks[0].caption
+    assert "teacher tinycnn_32 not made" in table.blocks[0].caption
+
+
+def test_diverged_and_unsupported_rows_say_so(plan: Plan) -> None:
+    results = results_of(plan, LAST)
+    vid = [cell.run.id for cell in plan.cells if cell.row.name == "vid"]
+    diverged = {**results, vid[0]: {"status": "diverged", "last_accuracy": None, "best_accuracy": 12.0}}
+    assert "diverged" in make_table(plan, diverged, lambda _: None).text().splitlines()[7]
+    table = make_table(plan, results, lambda _: None, dict.fromkeys(vid, "VID cannot."))
+    assert "not applicable" in table.text().splitlines()[7]
+    assert "Not applicable: VID (VID cannot.)" in table.blocks[0].caption
+
+
+def test_markdown_and_csv(plan: Plan) -> None:
+    table = make_table(plan, results_of(plan, LAST), lambda _: TEACHER)
+    assert "| KD | 73.00 ± 1.00 | 74.00 ± 1.00 | - | 3 |" in table.markdown()
+    rows = {row["row"]: row for row in csv.DictReader(io.StringIO(table.csv()))}
+    assert list(rows) == ["vanilla", "kd", "at", "vid"]
+    assert float(rows["vanilla"]["vs_kd_mean"]) == -2.0
+    assert [rows["at"][f"last_seed_{seed}"] for seed in (0, 1, 2)] == ["75", "", "73"]
+    assert rows["vid"]["n"] == "0"
+    assert rows["vid"]["last_mean"] == ""
+
+
+def test_protocol_note() -> None:
+    paper, cpu = (load_recipe(find_recipe(name, "cifar100")) for name in ("paper", "cpu"))
+    assert protocol_note(paper) == "Recipe paper, 3 seeds."
+    changed = protocol_note(apply_override(paper, "student.epochs", 10))
+    assert changed == "paper recipe with student.epochs changed, 3 seeds: not comparable with published figures."
+    assert protocol_note(cpu) == "CPU recipe, 1 seed: not comparable with published figures."
+
+
+def test_published_figures_get_a_column(tiny_data: Load) -> None:
+    recipe = make_recipe({**TINY, "pairs": ["resnet56:resnet20"], "seeds": [0]})
+    plan = make_plan(recipe, load_table("cifar100"), tiny_data)
+    lines = make_table(plan, {}, lambda _: None).text().splitlines()
+    assert "published (CRD paper)" in lines[2]
+    assert lines[5].rstrip().endswith("70.66")
+
+
+def test_spread() -> None:
+    assert Spread([1.0, 3.0]).text() == "2.00 ± 1.41"
+    assert Spread([1.0]).text(signed=True) == "+1.00 ± -"
+    assert Spread([]).text() == "-"
+
+
+def test_columns_align_and_markdown_escapes() -> None:
+    assert as_text(["a", "b"], [["xx", "1"], ["y", "22"]]).splitlines() == ["a    b", "--  --", "xx   1", "y   22"]
+    assert "a\\|b" in as_markdown(["h"], [["a|b"]])
+
+
+def test_a_plot_is_a_picture_that_shows_every_row(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "table.png"
+    plot_table(make_table(plan, results_of(plan, LAST), lambda _: TEACHER), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 5000
+    assert [entry.name for entry in tmp_path.iterdir()] == ["table.png"]
+
+
+@pytest.mark.parametrize(
+    ("values", "log"), [([1, 2, 4, 8], True), ([0.001, 0.01, 0.1], True), ([1, 2, 3], False), ([0, 1, 10], False), ([1, 8], False)]
+)
+def test_log_axis(values: list[float], log: bool) -> None:
+    assert fits_log_axis(values) is log
