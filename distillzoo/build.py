@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import distillzoo.methods  # noqa: F401 - registers them
 from distillzoo.composition import Composition, Maker, composed_weights
@@ -15,41 +15,18 @@ from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError, unknown_name
 from distillzoo.registry import DISTILLERS
 from distillzoo.schedules import Weight, describe_weight
+from distillzoo.stages import Probe
 from distillzoo.streams import Stream, draw_seed, forked_generator
-from distillzoo.taps import Tapped, Teacher
+from distillzoo.taps import Ensemble, Tapped, Teacher
+from distillzoo.taps.teacher import as_teacher
 from distillzoo.types import DataSpec, Stage
 from distillzoo.weighting import TermWeights, preset_weights
 
 __all__ = ["Ensemble", "build_distiller", "describe_distiller", "list_distillers", "resolve_distiller"]
 
 _BASE_ARGUMENTS = frozenset({"self", "student", "teacher", "data", "weights", "seed"})
-_GUESSED_SIZES = (224, 32)
+_GUESSED_SIZES = ((224, 224), (32, 32))
 Taps = Mapping[str, Sequence[Stage | str] | Mapping[str, Stage | str]]
-
-
-class Ensemble(nn.Module):
-    """Several teachers as one: its logits are the logarithm of the averaged probabilities.
-
-    Args:
-        teachers: Classifiers of the same classes.
-    """
-
-    def __init__(self, teachers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        if not teachers:
-            raise OptionError("A list of teachers needs at least one network; got none.")
-        self.teachers = nn.ModuleList(teachers)
-        self.stages: tuple[Stage, ...] = ()  # logits only: an ensemble has no feature maps of its own
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return ``(B, num_classes)`` log-probabilities."""
-        every = [teacher(images).log_softmax(1) for teacher in self.teachers]
-        if len({logits.shape[1] for logits in every}) > 1:
-            found = ", ".join(str(logits.shape[1]) for logits in every)
-            raise OptionError(f"The teachers of a list must have the same classes; they have {found}.")
-        logs = torch.stack(every)
-        mean: Tensor = logs.logsumexp(0) - torch.log(torch.tensor(float(len(self.teachers)), dtype=logs.dtype))
-        return mean
 
 
 def list_distillers(pattern: str = "*") -> list[str]:
@@ -165,6 +142,7 @@ def build_distiller(
     input_size: int | tuple[int, int] | None = None,
     weights: Mapping[str, Weight] | str | None = None,
     taps: Taps | None = None,
+    teacher_data: DataSpec | Literal["declared"] | None = None,
     seed: int | None = None,
     **options: Any,
 ) -> Distiller:
@@ -180,6 +158,9 @@ def build_distiller(
         weights: Weights by term that override the defaults, or the name of a preset (``"imagenet"``).
         taps: ``{"student": ..., "teacher": ...}``: tap paths, shallow to deep, or a mapping from names to paths, in place of those
             that are found.
+        teacher_data: Normalisation and size that the teacher wants where they differ from the student's: it then sees the same
+            crop, renormalised and resized. ``"declared"`` takes what it declares itself, as timm's networks do
+            (``pretrained_cfg``; of a list each teacher its own); ``None``: the teacher sees what the student sees.
         seed: Seed of adapters and draws; ``None`` draws one from torch's global generator.
         options: The method's own options; of a composition ``member={"option": value}``.
     Raises:
@@ -201,8 +182,6 @@ def build_distiller(
     for part in taps or {}:
         if part not in ("student", "teacher"):
             raise OptionError(f"taps has the keys 'student' and 'teacher'; got {part!r}.")
-    if isinstance(teacher, Sequence):
-        teacher = Ensemble(teacher)
     if student is (teacher.module if isinstance(teacher, Teacher) else teacher):
         raise OptionError("Student and teacher are one and the same module, which would be frozen; pass a copy as the teacher.")
     if isinstance(teacher, Teacher) and "teacher" in (taps or {}):
@@ -214,8 +193,7 @@ def build_distiller(
         raise OptionError(f"input_size {input_size} beside data, which says {data.input_size}; give one of them.")
     chosen = taps or {}
     tapped = Tapped(student, spec, stages=chosen.get("student"))
-    if isinstance(teacher, nn.Module):
-        teacher = Teacher(teacher, spec, stages=chosen.get("teacher"))
+    teacher = as_teacher(teacher, spec, chosen.get("teacher"), teacher_data)
     _check_classes(tapped, teacher, data.num_classes if data is not None else num_classes)
     seed = draw_seed(seed)
     alone = weights if len(methods) == 1 else None
@@ -266,17 +244,18 @@ def _data_spec(student: nn.Module, input_size: int | tuple[int, int] | None) -> 
     channels = next((m.in_channels for m in student.modules() if isinstance(m, nn.Conv2d)), 3)
     if isinstance(input_size, int):
         input_size = (input_size, input_size)
-    sizes = [input_size] if input_size else [tuple(declared[1:])] if declared else [(size, size) for size in _GUESSED_SIZES]
+    sizes = [input_size] if input_size else [*([tuple(declared[1:])] if declared else []), *_GUESSED_SIZES]
     mean, std = config.get("mean"), config.get("std")
     if not (mean and std and len(mean) == channels):
         mean, std = (0.0,) * channels, (1.0,) * channels
     problems: list[str] = []
-    for height, width in sizes:
-        spec = DataSpec(2, (height, width), tuple(mean), tuple(std))
+    for height, width in dict.fromkeys(sizes):
+        probe = Probe(student, DataSpec(2, (height, width), tuple(mean), tuple(std)))
         try:
-            classes = Tapped(student, spec, stages=[""]).num_classes
-        except (RuntimeError, ValueError) as error:
-            problems.append(f"at {height}x{width}: {str(error).splitlines()[0]}")
+            with probe.evaluating():
+                classes = probe.width(student(probe.images), "student")
+        except (AssertionError, RuntimeError, ValueError) as error:
+            problems.append(f"at {height}x{width}: {(str(error) or type(error).__name__).splitlines()[0]}")
             continue
         return DataSpec(classes, (height, width), tuple(mean), tuple(std))
     raise ShapeError(

@@ -8,8 +8,8 @@ from contextlib import suppress
 
 from distillzoo.errors import OptionError, ShapeError
 from distillzoo.models import create_model
-from distillzoo.stages.own_view import declared_data
 from distillzoo.taps import Tapped
+from distillzoo.taps.teacher import declared_data
 from distillzoo.types import DataSpec
 
 __all__: list[str] = []
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _rows(tapped: Tapped) -> list[tuple[str, ...]]:
     """One row a tap; stages first."""
-    rows = [("tap", "path", "shape", "before its activation", "norm before it")]
+    rows: list[tuple[str, ...]] = [("tap", "path", "shape", "before its activation", "norm before it")]
     for number, stage in enumerate(tapped.stages, 1):
         name = f"stage{number}"
         rows.append((name, stage.path, _shape(tapped, name), stage.pre or "ends without one: the same tensor", stage.norm or "-"))

@@ -403,3 +403,63 @@ def test_measuring_puts_back_a_buffer_that_a_forward_in_eval_mode_writes():
     assert made.module.calls == 0
     made(IMAGES)
     assert made.module.calls == 1
+
+
+class Functional(nn.Module):
+    """Blocks whose activation is a function, as in many a script."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, 1, 1)
+        self.blocks = nn.ModuleList([_FunctionalBlock(4) for _ in range(2)])
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class _FunctionalBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(channels, channels, 3, 2, 1), nn.Conv2d(channels, channels, 3, 1, 1)
+        self.short = nn.Conv2d(channels, channels, 1, 2)
+
+    def before(self, x):
+        return self.conv2(torch.relu(self.conv1(x))) + self.short(x)
+
+    def forward(self, x):
+        return torch.nn.functional.relu(self.before(x), inplace=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_function_that_activates_is_read_before_it_overwrites(compiled):
+    net = Functional()
+    made = tapped("stages", "stages.pre", module=net)
+    assert made.path("stage1.pre") == "blocks.0:activation"
+    run = torch.compile(made, fullgraph=True, backend="eager") if compiled else made
+    features = run(IMAGES).features
+    x = torch.relu(net.stem(IMAGES))
+    for number, block in enumerate(net.blocks, 1):
+        torch.testing.assert_close(features[f"stage{number}.pre"], block.before(x))
+        assert (features[f"stage{number}.pre"] < 0).any()
+        x = block(x)
+        torch.testing.assert_close(features[f"stage{number}"], x)
+
+
+def test_a_tap_before_an_activation_that_is_none_is_refused():
+    with pytest.raises(TapError, match="does not end with a call of one"):
+        tapped(module=Plain(), stages=["conv1:activation"])
+
+
+def test_auxiliary_logits_of_training_are_left_aside():
+    class Auxiliary(Plain):
+        def forward(self, x):
+            logits = super().forward(x)
+            return (logits, logits * 0.0) if self.training else logits
+
+    net = Auxiliary().train()
+    trace = tapped("stage1", module=net)(IMAGES)
+    assert torch.equal(trace.logits, net(IMAGES)[0])

@@ -153,10 +153,12 @@ def _by_size(module: nn.Module, probe: Probe, run: DryRun, nodes: Mapping[Node, 
     ops: dict[tuple[int, int], int] = {}
     for call in run.calls:
         size = None if call.shape is None or not call.path else map_size(module, probe.data, call.shape)
-        if size is None or run.depths.get(call.node, behind) >= behind:  # the classifier's own maps are no stage
+        if (
+            size is None or call.node is None or run.depths.get(call.node, behind) >= behind
+        ):  # the classifier's own maps are no stage
             continue
         ops[size] = ops.get(size, 0) + call.has_weights
-        if call.node is not None and call.node in nodes and size[0] * size[1] > 1:
+        if call.node in nodes and size[0] * size[1] > 1:
             same = groups.setdefault(size, {})
             inner = same.setdefault(call.node, call)
             if inner.path.startswith(f"{call.path}."):  # a container; not a dropout that comes after and rests in eval mode

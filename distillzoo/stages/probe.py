@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 
-from distillzoo.errors import TapError
+from distillzoo.errors import ShapeError, TapError
 from distillzoo.types import DataSpec
 
 __all__ = ["Call", "DryRun", "Probe", "split_path"]
@@ -77,6 +77,23 @@ class Probe:
     def overwriting_dropouts(self) -> list[nn.Module]:
         """Return the dropouts of the network that work in place."""
         return [m for m in self.module.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.inplace and m.p > 0.0]
+
+    def width(self, logits: Any, role: str) -> int:
+        """Return the number of classes of what the network returned for the dry batch.
+
+        Args:
+            logits: What it returned.
+            role: What the network is, for the message.
+        Raises:
+            ShapeError: If that is not ``(B, num_classes)``.
+        """
+        if isinstance(logits, Tensor) and logits.ndim == 2:
+            return int(logits.shape[1])
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ShapeError(
+            f"The {role} {type(self.module).__name__} returned {shape} for images of shape {tuple(self.images.shape)}; "
+            "a classifier must return logits of shape (B, num_classes). Wrap it in a module that does."
+        )
 
     @cached_property
     def dry_run(self) -> DryRun:

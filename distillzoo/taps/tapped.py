@@ -1,15 +1,4 @@
-"""Run a network and read named features from it, without changing its ``forward``.
-
-:class:`Tapped` wraps a plain classifier: it knows the network's stages (:mod:`distillzoo.stages`), their measured shapes, and
-returns a :class:`~distillzoo.types.Trace` of the taps that were requested. Names are ours, paths are the network's::
-
-    stage1 .. stageN    output of a stage, (B, C, H, W), whatever layout the network uses inside
-    stageN.pre          the same before its activation (the output again, where the stage ends without one)
-    pooled              what the classifier reads, (B, D)
-
-Groups stand for several: ``stages``, ``stages.pre``, ``last``, ``last.pre``. Hooks are objects of a top-level class, registered
-on the bare module by path; they record only while their own :class:`Tapped` runs the network.
-"""
+"""A network with named taps: :class:`Tapped`."""
 
 from __future__ import annotations
 
@@ -20,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillzoo.errors import OptionError, ShapeError, TapError, near_matches
+from distillzoo.errors import OptionError, TapError, near_matches
 from distillzoo.stages import Probe, classifier_input, find_stages, resolve_stages, split_path
 from distillzoo.stages.layouts import as_view, pooled_view
-from distillzoo.stages.own_view import OwnView
-from distillzoo.stages.recording import ActivationHook, ActivationWatch, Hook, InputHook, OutputHook, Recorder
-from distillzoo.types import Batch, DataSpec, Layout, Stage, Trace
+from distillzoo.taps.recording import ActivationHook, ActivationWatch, Hook, InputHook, OutputHook, Recorder
+from distillzoo.types import DataSpec, Layout, Stage, Trace
 
-__all__ = ["Tapped", "Teacher", "pair_from_deep_end", "remove_hooks"]
+__all__ = ["Tapped", "pair_from_deep_end", "remove_hooks"]
+
+
+_NO_POOLED = " Name the classifier's input with taps={...: {'pooled': 'path:input'}}, or use a method that reads logits alone (kd)."
 
 
 class Tapped:
@@ -93,13 +84,7 @@ class Tapped:
             logits, values = self._dry(probe)
             if probe.overwriting_dropouts():
                 self._dry(probe, dropping=True)
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ShapeError(
-                f"The {self.role} {type(self.module).__name__} returned {shape} for images of shape {tuple(probe.images.shape)}; "
-                "a classifier must return logits of shape (B, num_classes). Wrap it in a module that does."
-            )
-        self.num_classes = int(logits.shape[1])
+        self.num_classes = probe.width(logits, self.role)
         self._check_reached(values, self._taps)
         widths = {f"stage{number}{side}": s.channels for number, s in enumerate(self.stages, 1) for side in ("", ".pre")}
         self._views = {
@@ -152,7 +137,7 @@ class Tapped:
         for name in found:
             if name not in self._taps:
                 near = near_matches(name, self._taps) or sorted(self._taps)
-                hint = " Name the classifier's input with taps={...: {'pooled': 'path:input'}}." if name == "pooled" else ""
+                hint = _NO_POOLED if name == "pooled" else ""
                 raise TapError(f"The {self.role} has no tap {name!r}; it has {', '.join(near)}.{hint}")
         return tuple(found)
 
@@ -265,55 +250,6 @@ class Tapped:
                 f"The tap {name!r} ({self._taps[name][0]}) of the {self.role} was overwritten in place after it was read; "
                 "switch the in-place operation that follows it off."
             )
-
-
-class Teacher(Tapped):
-    """A frozen network: in eval mode, without gradients, its buffers untouched; shared by a deep copy of what holds it.
-
-    Args:
-        module: A plain classifier; its parameters stop requiring gradients.
-        data: Size and normalisation of the images that it is given.
-        stages: As for :class:`Tapped`.
-        own_data: Size and normalisation that the network itself wants: it then sees the same images renormalised, and resized
-            (antialiased) where the sizes differ. ``None``: it sees them as they are.
-
-    Raises:
-        OptionError: If ``own_data`` has other channels.
-        TapError: As for :class:`Tapped`.
-        ShapeError: As for :class:`Tapped`.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        data: DataSpec,
-        *,
-        stages: Sequence[Stage | str] | Mapping[str, Stage | str] | None = None,
-        own_data: DataSpec | None = None,
-    ) -> None:
-        self._view = None if own_data is None else OwnView(data, own_data)
-        module.requires_grad_(False)
-        module.eval()
-        super().__init__(module, own_data or data, stages=stages, role="teacher")
-
-    def __call__(self, images: Tensor) -> Trace:
-        """Run the network on its own view of ``(B, C, H, W)`` images and return logits and the requested features."""
-        return super().__call__(images if self._view is None else self._view(images))
-
-    def trace(self, batch: Batch) -> Trace:
-        """Run the teacher on the batch, and on its second view where it has one."""
-        second = None if batch.second_view is None else self(batch.second_view)
-        first = self(batch.images)
-        return Trace(first.logits, first.features, second)
-
-    def _run(self, images: Tensor) -> Any:
-        if self.module.training:
-            self.module.eval()
-        with torch.no_grad():
-            return self.module(images)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
-        return self
 
 
 def split_and_get(module: nn.Module, path: str) -> nn.Module:
