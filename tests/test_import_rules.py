@@ -23,6 +23,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "data": FOUNDATION,
     "adapters": FOUNDATION,
     "weighting": FOUNDATION,
+    "export": FOUNDATION,
     "distiller": FOUNDATION | NETWORK | DISTILLER,
     "composition": FOUNDATION | NETWORK | DISTILLER,
     "methods": FOUNDATION | NETWORK | DISTILLER | {"adapters"},
