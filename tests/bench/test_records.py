@@ -60,6 +60,16 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_file_is_renamed_into_its_place(tmp_path: Path) -> None:
+    path, reader = tmp_path / "file", tmp_path / "reader"
+    path.write_bytes(b"old")
+    reader.hardlink_to(path)
+    with atomic(path) as handle:
+        handle.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert reader.read_bytes() == b"old", "who has the old file open reads it to its end"
+
+
 def _change_result(record: Record, **changes: object) -> None:
     found = json.loads(record.result_path.read_text())
     record.result_path.write_text(json.dumps({**found, **changes}))

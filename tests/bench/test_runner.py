@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distillzoo import Distiller, register_distiller
-from distillzoo.bench import networks, recording
+from distillzoo.bench import networks, recording, training
 from distillzoo.errors import UnsupportedPairError
 from distillzoo.registry import DISTILLERS
 from distillzoo.types import Requires
@@ -76,11 +76,25 @@ def test_what_is_on_disk(finished: Path) -> None:
     assert {path.suffix for path in finished.iterdir() if path.is_file()} == {".md", ".csv", ".png"}
 
 
-def test_the_teacher_is_stored_in_half_and_students_saw_the_stored_one(finished: Path) -> None:
-    (weights,) = finished.glob("teachers/*/model.safetensors")
+def test_the_teacher_is_stored_in_half_and_students_see_the_stored_one(
+    call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+    original = training.GroupTask.run
+
+    def run(task: training.GroupTask, *arguments: Any) -> Any:
+        if task.teacher is not None:
+            seen.append(task.teacher.module.state_dict())
+        return original(task, *arguments)
+
+    monkeypatch.setattr(training.GroupTask, "run", run)
+    assert call("--recipe", recipe_file, "--output", str(tmp_path / "runs"), "--seeds", "0").code == 0
+    (weights,) = (tmp_path / "runs").glob("teachers/*/model.safetensors")
     tensors = load_file(weights)
     assert {value.dtype for value in tensors.values() if value.ndim >= 2} == {torch.float16}
     assert {value.dtype for value in tensors.values() if value.ndim == 1} == {torch.float32}
+    assert len(seen) == 1
+    assert all(torch.equal(seen[0][name], value.to(seen[0][name].dtype)) for name, value in tensors.items())
 
 
 def test_a_finished_run_only_prints_the_table(

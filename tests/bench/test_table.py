@@ -74,6 +74,13 @@ def test_differences_are_paired_over_seeds(plan: Plan) -> None:
     assert line.against == {0: 3.0, 2: -1.0}, "seed 1 of AT is missing, so KD's seed 1 must not count"
 
 
+def test_a_seed_that_the_baseline_lacks_makes_no_difference(plan: Plan) -> None:
+    last = {**LAST, "kd": {0: 72.0}}
+    line = make_table(plan, results_of(plan, last), lambda _: None).blocks[0].lines[0]
+    assert line.against == {0: -2.0}
+    assert line.spreads()[0].n == 3
+
+
 def test_one_seed_has_no_spread_and_ranks_nothing(tiny_data: Load) -> None:
     recipe = make_recipe({**TINY, "seeds": [0]})
     plan = make_plan(recipe, load_table("digits"), tiny_data)
