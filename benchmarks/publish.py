@@ -1,11 +1,12 @@
 """Commit a table: copy its finished records without the students' weights, and write the table into README.rst.
 
     python benchmarks/publish.py digits runs
-    python benchmarks/publish.py cifar100_cpu runs --with-teachers --dataset cifar100 --data-root DIR --recipe cpu --methods vanilla,kd
+    python benchmarks/publish.py cifar100_cpu runs --with-teachers --dataset cifar100 --data-root DIR --recipe cpu
 
 The first word names the folder under ``benchmarks/results`` and the section of README.rst, the second is the folder of the
 records; the rest are the options of ``run_table.py`` that made them. With ``--with-teachers`` their teachers go to
-``benchmarks/teachers``, where ``run_table.py`` finds them. No figure is typed: what stands in README.rst is what ``run_table.py --table-only`` prints from the copied records.
+``benchmarks/teachers``, where ``run_table.py`` finds them. No figure is typed: what stands in README.rst is what
+``run_table.py --table-only`` prints from the copied records.
 """
 
 from __future__ import annotations
