@@ -7,19 +7,30 @@ from distillzoo.data import packed as _packed  # noqa: F401
 from distillzoo.data import synthetic as _synthetic  # noqa: F401
 from distillzoo.data.arrays import Augment, Split, crop_flip, normalise
 from distillzoo.data.base import DATASETS, SPLITS, DataSet, ResidentDataSet, SplitName, load_dataset, training_spec
+from distillzoo.data.crops import CropViews
+from distillzoo.data.folder import FolderDataSet, folder_from_tree
 from distillzoo.data.loader import ResidentLoader
+from distillzoo.data.packed import PackedDataSet
+from distillzoo.data.packing import pack_folder
+from distillzoo.data.tree import read_tree
 
 __all__ = [
     "DATASETS",
     "SPLITS",
     "Augment",
+    "CropViews",
     "DataSet",
+    "FolderDataSet",
+    "PackedDataSet",
     "ResidentDataSet",
     "ResidentLoader",
     "Split",
     "SplitName",
     "crop_flip",
+    "folder_from_tree",
     "load_dataset",
     "normalise",
+    "pack_folder",
+    "read_tree",
     "training_spec",
 ]

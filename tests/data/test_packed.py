@@ -258,8 +258,8 @@ def test_the_command_names_a_bad_file_and_how_to_go_on(tmp_path, capsys):
     said = capsys.readouterr().err.strip()
     assert "broken.jpg" in said.splitlines()[-1]
     assert "--skip-bad" in said.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
-    assert command_line._main(["pack", str(source), str(tmp_path / "out"), "--skip-bad", "--restart"]) == 0
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("out")]
+    assert command_line._main(["pack", str(source), str(tmp_path / "out"), "--skip-bad"]) == 0
     assert "broken.jpg" in capsys.readouterr().err
     assert read_index(tmp_path / "out").skipped == [str(bad)]
     assert "without 1 unusable file" in load_dataset("packed", root=tmp_path / "out").description

@@ -1,0 +1,329 @@
+"""Distil any teacher into any student on any folder of images, and hand the plain student over.
+
+    python examples/distill_timm.py --data-root PHOTOS --teacher timm/resnet50 --student timm/mobilenetv3_large_100 --pretrained
+
+PHOTOS holds train/ and val/ with a folder for each class, or one tree of class folders (a fifth is then split off), or what
+"python -m distillzoo pack" has written. Networks are named as distillzoo.list_models() lists them. A teacher that comes without
+--teacher-checkpoint is trained on the folder first. The output folder gets the student's weights and configuration, which
+timm.create_model(..., checkpoint_path=...) loads, a model card, and on request torch.export and ONNX files. Ctrl-C stops; the same
+command goes on after the last finished epoch. Exit code: 0 done, 1 training failed, 2 wrong input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from distillzoo import Distiller, DistillZooError, Teacher, build_distiller, create_model
+from distillzoo.data import DataSet, load_dataset
+from distillzoo.engine import EpochReport, Observer, StepReport, TrainConfig, Trainer, evaluate_all
+from distillzoo.errors import DataError, MissingDependencyError, OptionError
+from distillzoo.export import StudentInfo, export_onnx, export_program, save_student, write_model_card
+from distillzoo.streams import Stream, forked_generator
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class FailedError(Exception):
+    """Training or an export did not come to its end."""
+
+
+class Watch(Observer):
+    """Shows progress with the time that is left, and saves the state after every epoch."""
+
+    def __init__(self, title: str, state_file: Path, total: int) -> None:
+        self.trainer: Trainer | None = None
+        self.state_file = state_file
+        self.bar = tqdm(total=total, desc=title, unit="step", dynamic_ncols=True, disable=None)
+
+    def on_step(self, report: StepReport) -> None:  # noqa: ARG002 - an observer's interface
+        """Move the bar, whose last figure is the time left."""
+        self.bar.update()
+
+    def on_epoch(self, report: EpochReport) -> None:
+        """Save the state and tell the epoch's figures."""
+        if self.trainer is not None:
+            partial = self.state_file.with_name(self.state_file.name + ".partial")
+            torch.save(self.trainer.state(report.member), partial)
+            partial.replace(self.state_file)  # whole or not at all: a stop in between leaves the epoch before
+        score = "" if report.accuracy is None else f"accuracy {report.accuracy:.2f} %, "
+        self.bar.write(
+            f"{report.member}: {report.phase} epoch {report.epoch + 1}, {score}loss {report.loss:.3f}, {report.seconds:.0f} s"
+        )
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data-root", required=True, metavar="DIR", help="folder of images")
+    add("--teacher", required=True, metavar="NAME", help="as timm/convnext_tiny")
+    add("--student", required=True, metavar="NAME", help="as timm/mobilenetv3_large_100")
+    add("--method", default="kd", metavar="NAME", help="as list_distillers() names them, joined by + composed (default: kd)")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the method; can be repeated")
+    add("--weight", action="append", default=[], metavar="TERM=VALUE", help="weight of a loss term; can be repeated")
+    add("--teacher-option", action="append", default=[], metavar="NAME=VALUE", help="option of the network, as img_size=96")
+    add("--student-option", action="append", default=[], metavar="NAME=VALUE", help="option of the network, as img_size=96")
+    add("--teacher-checkpoint", metavar="FILE", help="trained weights of the teacher, for the classes of the folder")
+    add("--teacher-epochs", type=int, default=10, help="to train a teacher that comes without a checkpoint (default: 10)")
+    add("--pretrained", action="store_true", help="start both networks from timm's or torchvision's weights, which are downloaded")
+    add("--student-checkpoint", metavar="FILE", help="weights to start the student from")
+    add("--output", type=Path, default=Path("distilled"), metavar="DIR", help="default: distilled")
+    add("--epochs", type=int, default=30)
+    add("--batch-size", type=int, default=64)
+    add("--lr", type=float, default=0.02, help="peak of a one-cycle schedule (default: 0.02)")
+    add("--weight-decay", type=float, default=1e-4)
+    add("--precision", choices=("float32", "bf16"), default="float32")
+    add("--crop", type=int, default=224, help="height and width of the images in pixels (default: 224)")
+    add("--resize", type=int, help="short side of evaluation images before the middle is cut out (default: 8/7 of --crop)")
+    add("--workers", type=int, help="processes that read images (default: one a processor)")
+    add("--skip-bad", action="store_true", help="leave image files out that cannot be used")
+    add("--seed", type=int, default=0)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--license", default="unknown", help="licence of the student's weights, for the model card")
+    add("--export", action="store_true", help="write a torch.export program too")
+    add("--onnx", action="store_true", help="write an ONNX file too (extra onnx)")
+    return parser.parse_args(arguments)
+
+
+def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
+    """Read NAME=VALUE options; a value that is no Python literal is text."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise OptionError(f"{option} takes NAME=VALUE; got {text!r}; write it as {option} temperature=2.")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
+def declared_normalisation(name: str, checkpoint: Path | None = None) -> dict[str, tuple[float, ...]]:
+    """Return mean and deviation that a network wants: as a config.json beside its checkpoint says, else timm; empty if unknown."""
+    beside = None if checkpoint is None else checkpoint.with_name("config.json")
+    if beside is not None and beside.is_file():
+        found = json.loads(beside.read_text(encoding="utf-8")).get("pretrained_cfg", {})
+        return {key: tuple(found[key]) for key in ("mean", "std") if key in found}
+    if not name.startswith("timm/"):
+        return {}
+    import timm
+
+    config = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
+    return {} if config is None or len(config.mean) != 3 else {"mean": config.mean, "std": config.std}
+
+
+def load_images(args: argparse.Namespace) -> DataSet:
+    """Load the folder, packed or not, normalised as the student wants it."""
+    views = {"crop": args.crop, "resize": args.resize, **declared_normalisation(args.student)}
+    if (Path(args.data_root).expanduser() / "index.json").is_file():
+        return load_dataset("packed", root=args.data_root, **views)
+    return load_dataset("folder", root=args.data_root, workers=args.workers, skip_bad=args.skip_bad, **views)
+
+
+def make_network(args: argparse.Namespace, role: str, number: int, checkpoint: str | None) -> nn.Module:
+    """Create the teacher or the student; initial weights depend on the seed and the role alone."""
+    options = pairs(getattr(args, f"{role}_option"), f"--{role}-option")
+    pretrained = args.pretrained and checkpoint is None
+    with forked_generator(Stream.named(args.seed, role)):
+        return create_model(getattr(args, role), num_classes=number, pretrained=pretrained, checkpoint_path=checkpoint, **options)
+
+
+def fit(
+    title: str, distiller: Distiller, teacher: Teacher | None, data: DataSet, config: TrainConfig, args: argparse.Namespace
+) -> nn.Module:
+    """Train to the end, from where an interrupted call stopped; return the plain network."""
+    train = data.train_loader(config.batch_size, seed=args.seed, device=args.device, channels_last=config.channels_last)
+    evaluation = data.eval_loader(config.eval_batch_size, device=args.device, channels_last=config.channels_last)
+    epochs = sum(config.epochs if phase.epochs is None else phase.epochs for phase in distiller.phases())
+    watch = Watch(title, args.output / f"{title}.last.pt", epochs * len(train))
+    trainer = Trainer({title: distiller}, teacher, train, evaluation, config, seed=args.seed, device=args.device, observer=watch)
+    watch.trainer = trainer
+    if watch.state_file.is_file():
+        trainer.restore(title, torch.load(watch.state_file, map_location="cpu", weights_only=True))
+        watch.bar.update(trainer.members[title].step)
+        watch.bar.write(f"{title}: going on after {trainer.members[title].step} of {epochs * len(train)} steps")
+    try:
+        result = trainer.run()[title]
+    finally:
+        watch.bar.close()
+    if result.status != "done":
+        raise FailedError(f"Training of the {title} {result.status}: {result.message}")
+    return trainer.members[title].export_student()
+
+
+def get_teacher(args: argparse.Namespace, data: DataSet, config: TrainConfig) -> Teacher:
+    """Return the teacher: from its checkpoint, from an earlier call, or trained now."""
+    number, kept = data.spec.num_classes, args.output / "teacher" / "model.safetensors"
+    if args.teacher_checkpoint is not None:  # trained elsewhere: it sees images normalised as it is used to
+        network = make_network(args, "teacher", number, args.teacher_checkpoint)
+        wanted = declared_normalisation(args.teacher, Path(args.teacher_checkpoint))
+        own = replace(data.spec, mean=wanted.get("mean", data.spec.mean), std=wanted.get("std", data.spec.std))
+        return Teacher(network.to(args.device), data.spec, own_data=own)
+    if kept.is_file():
+        return Teacher(make_network(args, "teacher", number, str(kept)).to(args.device), data.spec)
+    network = make_network(args, "teacher", number, None)
+    if args.teacher_epochs:
+        config = replace(config, epochs=args.teacher_epochs)
+        network = fit("teacher", build_distiller("vanilla", network, data=data.spec, seed=args.seed), None, data, config, args)
+        save_student(network, kept.parent, describe(args, "teacher", data))
+        (args.output / "teacher.last.pt").unlink(missing_ok=True)
+    else:
+        print("Note: the teacher is taken as it is; without training on these classes it has little to teach.")
+    return Teacher(network.to(args.device), data.spec)
+
+
+def describe(args: argparse.Namespace, role: str, data: DataSet) -> StudentInfo:
+    """Return what the configuration and the card of a network say."""
+    views: Any = data.augment
+    return StudentInfo(
+        architecture=getattr(args, role),
+        class_names=data.class_names,
+        input_size=data.spec.input_size,
+        mean=data.spec.mean,
+        std=data.spec.std,
+        crop_share=round(views.crop / views.resize, 4),
+        license=args.license,
+        options=pairs(getattr(args, f"{role}_option"), f"--{role}-option"),
+    )
+
+
+def check_output(args: argparse.Namespace, data: DataSet, config: TrainConfig) -> None:
+    """Refuse an output folder that belongs to another run: a resumed one must be the same."""
+    free = ("data_root", "output", "workers", "device", "license", "export", "onnx")  # what does not change the student
+    settings: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in free}
+    settings |= {"data": data.digest, "views": repr(data.augment), "training": asdict(config)}
+    settings = json.loads(json.dumps(settings))
+    file = args.output / "settings.json"
+    try:
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            other = [name for name in settings if before.get(name) != settings[name]]
+            if other:
+                raise OptionError(
+                    f"The output folder {str(args.output)!r} holds another run (different: {', '.join(other)}); a call goes on "
+                    "only with the same settings; name another --output, or remove the folder."
+                )
+            return
+        args.output.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    except DistillZooError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataError(f"The output folder {str(args.output)!r} cannot be used ({error}); name another with --output.") from error
+
+
+def measure(predict: Callable[[torch.Tensor], torch.Tensor], args: argparse.Namespace, data: DataSet, config: TrainConfig) -> float:
+    """Return the top-1 accuracy on the evaluation images, in per cent."""
+    evaluation = data.eval_loader(config.eval_batch_size, device=args.device)
+    return evaluate_all({"it": predict}, evaluation, config, torch.device(args.device))["it"][0]
+
+
+def hand_over(student: nn.Module, teacher_accuracy: float, args: argparse.Namespace, data: DataSet, config: TrainConfig) -> None:
+    """Write weights, configuration, card, and the exported programs that were asked for."""
+    info = describe(args, "student", data)
+    accuracy = measure(student.eval(), args, data, config)
+    student = student.cpu().to(memory_format=torch.contiguous_format).eval()
+    weights = save_student(student, args.output, info)
+    print(f"Student {args.student}: {accuracy:.2f} % (teacher {teacher_accuracy:.2f} %). Weights: {weights}")
+    files, problems = {}, []
+    batches = [batch.images for batch in islice(data.eval_loader(4).epoch(0), 3)]
+    for wanted, name, export in ((args.export, "student.pt2", export_program), (args.onnx, "student.onnx", export_onnx)):
+        if not wanted:
+            continue
+        try:
+            files[name] = f"differs from the network by at most {export(student, args.output / name, batches):.2g} in any logit"
+            print(f"{name}: {files[name]}")
+        except DistillZooError as error:
+            problems.append(str(error))
+    recipe = {
+        "method": args.method,
+        "options": ", ".join(args.option + args.weight) or "defaults",
+        "teacher": f"{args.teacher}, {teacher_accuracy:.2f} %",
+        "started from": args.student_checkpoint or ("published weights" if args.pretrained else "random weights"),
+        **{name: getattr(config, name) for name in ("epochs", "batch_size", "lr", "schedule", "weight_decay", "precision")},
+        "seed": args.seed,
+        "views": data.augment,
+    }
+    card = write_model_card(args.output, student, info, accuracy=accuracy, data=data.description, recipe=recipe, files=files)
+    print(f"Model card: {card}")
+    if problems:
+        raise FailedError(" ".join(["The weights stand, but an export failed.", *problems]))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do everything."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("--device cuda was asked for, but this machine has no usable CUDA device; use --device cpu or auto.")
+    if args.onnx and not all(find_spec(package) for package in ("onnxruntime", "onnxscript")):
+        raise MissingDependencyError(
+            '--onnx needs packages that are not installed; run pip install "distillzoo[onnx]", or do without.'
+        )
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = TrainConfig(
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        decay_norm_bias=False,
+        schedule="onecycle",
+        precision=args.precision,
+        channels_last=args.device == "cuda",
+        eval_batch_size=args.batch_size,
+    )
+    options = pairs(args.option, "--option")
+    weights = pairs(args.weight, "--weight") or None
+    data = load_images(args)
+    print(f"Data: {data.description}; {data.spec.num_classes} classes.")
+    student = make_network(args, "student", data.spec.num_classes, args.student_checkpoint)
+    stand_in = make_network(argparse.Namespace(**vars(args) | {"pretrained": False}), "teacher", data.spec.num_classes, None)
+    build_distiller(args.method, copy.deepcopy(student), stand_in, data=data.spec, weights=weights, seed=args.seed, **options)
+    del stand_in  # it showed, before anything is trained or written, that method, options and networks fit
+    check_output(args, data, config)
+    teacher = get_teacher(args, data, config)
+    accuracy = measure(lambda images: teacher(images).logits, args, data, config)
+    print(f"Teacher {args.teacher}: {accuracy:.2f} % on the evaluation images.")
+    kept = args.output / "model.safetensors"
+    if kept.is_file():  # trained by an earlier call: only what is asked for beside the weights is made
+        student = make_network(args, "student", data.spec.num_classes, str(kept)).to(args.device)
+    else:
+        distiller = build_distiller(args.method, student, teacher, data=data.spec, weights=weights, seed=args.seed, **options)
+        student = fit("student", distiller, teacher, data, config, args)
+    hand_over(student, accuracy, args, data, config)
+    (args.output / "student.last.pt").unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code."""
+    args = parse(arguments)
+    try:
+        run(args)
+    except DistillZooError as error:
+        print(f"distill_timm.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG_INPUT
+    except FailedError as error:
+        print(f"distill_timm.py: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on after the last finished epoch.", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,282 @@
+"""The example that distils any pair on any folder, and what it hands over."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from distillzoo import create_model, export
+from distillzoo.data.packing import pack_folder
+from distillzoo.errors import DistillZooError, MissingDependencyError, OptionError, RecordError
+from distillzoo.export import StudentInfo, export_onnx, export_program, forward_flops, save_student, write_model_card
+from tests.data.pictures import make_tree
+
+FILE = Path(__file__).resolve().parents[1] / "examples" / "distill_timm.py"
+
+
+def load_example():
+    spec = importlib.util.spec_from_file_location("distill_timm", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+example = load_example()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return make_tree(tmp_path_factory.mktemp("example") / "photos", per_class=6)
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.save(create_model("tinycnn_32", num_classes=3).state_dict(), folder / "teacher.pt")
+    return folder / "teacher.pt"
+
+
+def command(photos: Path, output: Path, *more: str, epochs: int = 2) -> list[str]:
+    return [
+        *(
+            "--data-root",
+            str(photos),
+            "--output",
+            str(output),
+            "--crop",
+            "16",
+            "--batch-size",
+            "6",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+        ),
+        *("--epochs", str(epochs), "--lr", "0.01", *more),
+    ]
+
+
+def tiny(photos: Path, output: Path, teacher_file: Path, *more: str, epochs: int = 2) -> list[str]:
+    networks = ("--teacher", "tinycnn_32", "--student", "tinycnn_8", "--teacher-checkpoint", str(teacher_file))
+    return command(photos, output, *networks, *more, epochs=epochs)
+
+
+def test_a_timm_student_comes_out_whole(photos, tmp_path, capsys):
+    """Teacher trained first, student distilled, exported, described; timm loads it and finds the same logits."""
+    networks = ("--teacher", "tinycnn_32", "--teacher-epochs", "1", "--student", "timm/test_resnet", "--crop", "32")
+    more = ("--student-option", "drop_rate=0.1", "--export", "--license", "CC0-1.0", "--option", "temperature=2")
+    output = tmp_path / "out"
+    assert example.main(command(photos, output, *networks, *more, epochs=1)) == 0
+    said = capsys.readouterr().out
+    assert "18 training and 6 test images" in said
+    assert {path.name for path in output.iterdir()} == {
+        *("model.safetensors", "config.json", "README.md", "settings.json", "student.pt2", "teacher"),
+    }
+    loaded = timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(output / "model.safetensors")).eval()
+    program = torch.export.load(output / "student.pt2").module()
+    images = torch.randn(5, 3, 32, 32)
+    assert (loaded(images) - program(images)).abs().max() <= 1e-4
+    by_folder = timm.create_model(f"local-dir:{output}", pretrained=True).eval()
+    assert torch.equal(by_folder(images), loaded(images))
+    assert tuple(by_folder.pretrained_cfg["mean"]) == (0.5, 0.5, 0.5)  # as timm says of this network
+    card = (output / "README.md").read_text()
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    for words in (
+        f"{parameters:,} parameters",
+        "GFLOPs",
+        "Licence of the weights: CC0-1.0",
+        "temperature=2",
+        "ant, bee, cow",
+        "% top-1",
+    ):
+        assert words in card
+
+
+def test_an_interrupted_call_goes_on_and_equals_an_unbroken_one(photos, teacher_file, tmp_path, monkeypatch, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert example.main(tiny(photos, whole, teacher_file, epochs=3)) == 0
+    real, steps = example.Watch.on_step, []
+
+    def stop(self, report):
+        steps.append(report)
+        if len(steps) == 5:  # in the second epoch of three steps each
+            raise KeyboardInterrupt
+        real(self, report)
+
+    monkeypatch.setattr(example.Watch, "on_step", stop)
+    assert example.main(tiny(photos, broken, teacher_file, epochs=3)) == 130
+    assert "goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert not (broken / "model.safetensors").exists()
+    assert example.main(tiny(photos, broken, teacher_file, epochs=3)) == 0
+    assert "going on after 3 of 9 steps" in "".join(capsys.readouterr())
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, broken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not (broken / "student.last.pt").exists()
+    monkeypatch.setattr(example.Trainer, "run", lambda self: pytest.fail("a finished student was trained again"))
+    assert example.main(tiny(photos, broken, teacher_file, "--export", epochs=3)) == 0
+    assert (broken / "student.pt2").is_file()
+
+
+def test_packed_images_are_taken_as_such(photos, teacher_file, tmp_path, capsys):
+    pack_folder(photos, tmp_path / "packed", short_side=18)
+    assert example.main(tiny(tmp_path / "packed", tmp_path / "out", teacher_file, epochs=1)) == 0
+    assert "another protocol" in capsys.readouterr().out
+    assert "another protocol" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--method", "kdd"), "Did you mean 'kd'"),
+        (("--option", "temperature"), "NAME=VALUE"),
+        (("--option", "temprature=2"), "temprature"),
+        (("--student", "timm/resnet8"), "timm/resnet8"),
+        (("--teacher", "tinycnn_8"), "does not fit"),
+        (("--data-root", "nowhere"), "does not exist"),
+        (("--crop", "0"), "crop must be"),
+        (("--epochs", "0"), "epochs"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_leaves_nothing(photos, teacher_file, tmp_path, capsys, more, words):
+    assert example.main([*tiny(photos, tmp_path / "out", teacher_file), *more]) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_output_folder_of_another_run_is_refused(photos, teacher_file, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text(json.dumps({"method": "at"}))
+    assert example.main(tiny(photos, tmp_path / "out", teacher_file)) == 2
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_a_teacher_sees_what_its_own_configuration_says(tmp_path):
+    file = tmp_path / "model.safetensors"
+    assert example.declared_normalisation("timm/test_resnet", file)["mean"] == (0.5, 0.5, 0.5)
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}}))
+    assert example.declared_normalisation("timm/test_resnet", file) == {"mean": (0.1, 0.2, 0.3), "std": (1, 1, 1)}
+    assert example.declared_normalisation("tinycnn_8") == {}
+
+
+# ------------------------------------------------------------------ exports
+
+
+INFO = StudentInfo("tinycnn_8", ("a", "b", "c"), (16, 16), (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(1)
+    return create_model("tinycnn_8", num_classes=3)
+
+
+@pytest.fixture
+def batches():
+    torch.manual_seed(2)
+    return [torch.randn(number, 3, 16, 16) for number in (4, 4, 1)]
+
+
+needs_onnx = pytest.mark.skipif(
+    not (importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript")),
+    reason="the extra onnx is not installed",
+)
+EXPORTS = [export_program, pytest.param(export_onnx, marks=needs_onnx)]
+
+
+@pytest.mark.parametrize("write", EXPORTS)
+def test_an_export_equals_the_network_and_leaves_it_alone(student, batches, tmp_path, write):
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    assert student.training
+    assert write(student, tmp_path / "student.x", batches) <= export.TOLERANCE
+    assert student.training
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["student.x"]
+
+
+class Forgetful(nn.Module):
+    """Computes other logits once it was exported: what tracing can do to a network that keeps state in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, images):
+        return self.linear(images.mean((2, 3))) + (2e-4 if torch.compiler.is_exporting() else 0.0)
+
+
+@pytest.mark.parametrize("write", EXPORTS)
+def test_an_export_that_computes_something_else_is_refused(batches, tmp_path, write):
+    with pytest.raises(RecordError, match=r"differ by up to 0\.0002, allowed is 0\.0001"):
+        write(Forgetful(), tmp_path / "student.x", batches)
+    assert not list(tmp_path.iterdir())
+
+
+class Untraceable(nn.Module):
+    """Branches on the values of the images."""
+
+    def forward(self, images):
+        return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
+
+
+@pytest.mark.parametrize("write", EXPORTS)
+def test_a_network_that_cannot_be_exported_is_refused_in_a_sentence(batches, tmp_path, write):
+    with pytest.raises(RecordError, match="failed") as caught:
+        write(Untraceable(), tmp_path / "student.x", batches)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_exports_need_a_batch_of_two(student, batches, tmp_path):
+    for given in ([], batches[2:]):
+        with pytest.raises(OptionError, match="at least 2 images"):
+            export_program(student, tmp_path / "student.pt2", given)
+
+
+def test_onnx_without_its_packages_says_what_to_install(student, batches, tmp_path, monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(export.importlib, "import_module", missing)
+    with pytest.raises(MissingDependencyError, match=r"distillzoo\[onnx\]"):
+        export_onnx(student, tmp_path / "student.onnx", batches)
+
+
+def test_weights_come_back(student, tmp_path):
+    file = save_student(student, tmp_path / "new", INFO)
+    loaded = create_model("tinycnn_8", num_classes=3, checkpoint_path=file)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in student.state_dict().items())
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert (config["architecture"], config["num_classes"], config["label_names"]) == ("tinycnn_8", 3, ["a", "b", "c"])
+    assert sorted(path.name for path in file.parent.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_timm_names():
+    for name, expected in [("timm/resnet18.a1_in1k", "resnet18"), ("torchvision/resnet18", None), ("resnet8", None)]:
+        assert StudentInfo(name, ("a", "b"), (8, 8), (0.0,), (1.0,)).timm_name == expected
+
+
+def test_flops_are_counted_twice_a_multiply_add(student):
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5, bias=False))
+    assert forward_flops(linear, (4, 4)) == 2 * 48 * 5
+    assert linear.training
+    with pytest.raises((DistillZooError, RuntimeError)):
+        forward_flops(linear, (5, 5))
+    assert linear.training
+
+
+def test_the_card_of_one_of_our_networks(student, tmp_path):
+    text = write_model_card(tmp_path, student, INFO, accuracy=50.0, data="photos", recipe={"method": "a|b"}).read_text()
+    assert "distillzoo.create_model('tinycnn_8', num_classes=3, checkpoint_path='model.safetensors')" in text
+    assert "| method | a/b |" in text
+    assert "50.00 % top-1" in text
