@@ -19,8 +19,9 @@ class UnitEmbedding(nn.Module):
         dim: Width of the embedding.
     Example:
         >>> import torch
-        >>> UnitEmbedding(6, 4)(torch.ones(3, 6)).norm(dim=1)
-        tensor([1.0000, 1.0000, 1.0000], grad_fn=<LinalgVectorNormBackward0>)
+        >>> lengths = UnitEmbedding(6, 4)(torch.ones(3, 6)).norm(dim=1)
+        >>> torch.allclose(lengths, torch.ones(3))
+        True
     """
 
     def __init__(self, in_features: int, dim: int) -> None:

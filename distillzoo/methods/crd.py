@@ -28,7 +28,7 @@ Normalizer = Literal["first_batch", "none"]
 _SOFTPLUS_EXACT = 40.0  # from here on softplus(x) is x in double precision
 
 
-def nce_loss(log_scores: Tensor, num_samples: int, *, epsilon: float = 1e-7) -> Tensor:
+def nce_loss(log_scores: Tensor, num_samples: int, *, log_normalizer: Tensor | None = None, epsilon: float = 1e-7) -> Tensor:
     """Tell the positive from the noise: noise-contrastive estimation with K uniform negatives.
 
     Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv 1910.10699, equations 16 and 17.
@@ -40,6 +40,7 @@ def nce_loss(log_scores: Tensor, num_samples: int, *, epsilon: float = 1e-7) -> 
     Args:
         log_scores: ``(B, 1 + K)`` logarithms of the scores, the positive's first.
         num_samples: N, the number of samples that negatives are drawn from, at least 1.
+        log_normalizer: 0-dim logarithm of what all scores are divided by; no gradient flows into it. ``None`` is 0.
         epsilon: The authors' constant against a division by zero, >= 0.
     Returns:
         Scalar, sum over the negatives, mean over the batch.
@@ -62,9 +63,17 @@ def nce_loss(log_scores: Tensor, num_samples: int, *, epsilon: float = 1e-7) -> 
         )
     batch, count = log_scores.shape[0], log_scores.shape[1] - 1
     noise = count / num_samples
-    gap = full_precision(log_scores) - math.log(noise + epsilon)
-    excess = F.softplus(gap, threshold=_SOFTPLUS_EXACT).sum() - gap[:, 0].sum()  # softplus(-g) = softplus(g) - g
+    threshold: Tensor | float = math.log(noise + epsilon)
+    if log_normalizer is not None:
+        threshold = threshold + full_precision(log_normalizer.detach())
+    gaps = full_precision(log_scores) - threshold
+    positive, negative = torch.split(gaps, [1, count], dim=1)
+    excess = _softplus(-positive).sum() + _softplus(negative).sum()
     return excess / batch + count * math.log1p(epsilon / noise)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=_SOFTPLUS_EXACT)
 
 
 @register_distiller("crd")
@@ -188,9 +197,8 @@ class CRD(Distiller):
     def _one_side(self, side: int, anchors: Tensor, bank: EmbeddingBank, drawn: Tensor) -> Tensor:
         """One network's embeddings as anchors against the other's bank."""
         log_scores = bank.scores(anchors / self.temperature, drawn)
-        if self.normalizer == "first_batch":
-            log_scores = log_scores - self._log_normalizer(side, log_scores.detach())
-        return nce_loss(log_scores, self.num_samples)
+        log_normalizer = self._log_normalizer(side, log_scores.detach()) if self.normalizer == "first_batch" else None
+        return nce_loss(log_scores, self.num_samples, log_normalizer=log_normalizer)
 
     def _log_normalizer(self, side: int, log_scores: Tensor) -> Tensor:
         """Return log Z: what the first training batch said, chosen on the device so that no step differs from another."""

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distillzoo.adapters.connectors import full_precision, pool_larger
@@ -88,10 +89,11 @@ def ofd_loss(student_map: Tensor, teacher_map: Tensor, margin: Tensor) -> Tensor
     if margin.shape != student_map.shape[1:2]:
         raise ShapeError(f"ofd_loss needs one margin for each of {student_map.shape[1]} channels; got {tuple(margin.shape)}.")
     teacher = full_precision(teacher_map.detach())
-    floor = margin.detach().to(teacher.dtype).view(-1, 1, 1)
-    difference = full_precision(student_map) - torch.maximum(teacher, floor)
-    counted = (difference > 0.0) | (teacher > 0.0)
-    return torch.where(counted, difference, 0.0).square().sum() / len(student_map)
+    student = full_precision(student_map)
+    goal = torch.maximum(teacher, margin.detach().to(teacher.dtype).view(-1, 1, 1))
+    with torch.no_grad():  # where nothing is asked the goal is what is there: one squared difference, value and gradient alike
+        goal = torch.where((student > goal) | (teacher > 0.0), goal, student)
+    return F.mse_loss(student, goal, reduction="sum") / len(student)
 
 
 @register_distiller("ofd")

@@ -47,19 +47,18 @@ def hierarchical_context_loss(student_map: Tensor, teacher_map: Tensor) -> Tenso
             f"hierarchical_context_loss needs two (B, C, H, W) maps of one shape; got {tuple(student_map.shape)} and "
             f"{tuple(teacher_map.shape)}. Bring the student's to the teacher's size and width first."
         )
-    # pooling is linear: the difference is pooled instead of both maps
-    difference = full_precision(student_map) - full_precision(teacher_map.detach())
-    height, width = difference.shape[2:]
-    total, share, shares = difference.square().mean(), 1.0, 1.0
+    student, teacher = full_precision(student_map), full_precision(teacher_map.detach())
+    height, width = student.shape[2:]
+    total, share, shares = F.mse_loss(student, teacher), 1.0, 1.0
     for scale in _SCALES:
         if scale >= height:
             continue
-        pooled = F.adaptive_avg_pool2d(difference, scale)
+        own, other = (F.adaptive_avg_pool2d(features, scale) for features in (student, teacher))
         share /= 2.0
         shares += share
-        total = total + share * pooled.square().mean()
+        total = total + share * F.mse_loss(own, other)
         if height % scale == 0 and width % scale == 0:
-            difference = pooled  # equal windows nest: the next scale pools what is pooled already
+            student, teacher = own, other  # equal windows nest: the next scale pools what is pooled already
     return total / shares
 
 
