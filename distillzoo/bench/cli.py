@@ -17,6 +17,7 @@ from distillzoo.bench.options import Options, parse_options
 from distillzoo.bench.plan import Plan, make_plan
 from distillzoo.bench.progress import Console
 from distillzoo.bench.recipe import Pair, Recipe, list_recipes
+from distillzoo.bench.recorded import recorded_data
 from distillzoo.bench.records import RecordStore
 from distillzoo.bench.rows import list_tables, load_table, select_rows
 from distillzoo.bench.runner import SerialRunner, check_groups
@@ -25,7 +26,7 @@ from distillzoo.bench.table import Table, make_table
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.build import list_distillers
 from distillzoo.data import DATASETS, DataSet, load_dataset
-from distillzoo.errors import DistillZooError, OptionError
+from distillzoo.errors import DataError, DistillZooError, OptionError
 from distillzoo.models import MODELS, create_model
 
 __all__ = ["main"]
@@ -113,6 +114,16 @@ class _Command:
         return make_plan(self.recipe, table, self._load, teacher_checkpoint=checkpoint, points=points)
 
     def _load(self, recipe: Recipe) -> DataSet:
+        options = self.options
+        try:
+            return self._load_images(recipe)
+        except DataError:
+            found = recorded_data(options.output, recipe) if options.action == "table-only" else None
+            if found is None:
+                raise
+            return found
+
+    def _load_images(self, recipe: Recipe) -> DataSet:
         options = self.options
         return load_dataset(recipe.dataset, root=options.data_root, split=recipe.split, download=options.download, **recipe.data)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distillzoo.bench.recipe import Pair, Recipe, apply_override, check_list, find_recipe, load_recipe, make_recipe
+from distillzoo.bench.checks import check_list
+from distillzoo.bench.recipe import Pair, Recipe, apply_override, find_recipe, load_recipe, make_recipe
 from distillzoo.bench.sweep import Axis, is_recipe_path, parse_axis
 from distillzoo.bench.yamls import parse_scalar
 from distillzoo.errors import OptionError, unknown_name

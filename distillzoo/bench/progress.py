@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
-__all__ = ["Console", "Meter"]
+from distillzoo.engine import StepReport
+
+__all__ = ["Console", "GroupProgress", "Meter"]
 
 _LINE_SECONDS = 30.0  # between two lines of progress where no terminal shows a bar
 
@@ -107,3 +110,35 @@ class Meter:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
+
+
+class GroupProgress:
+    """Turns what a trainer reports of a group into work on the bar.
+
+    Args:
+        meter: The bar.
+        label: What is trained.
+        shared: Work of a step that the group shares (the teacher's pass).
+        member: Work of a step of each member.
+    """
+
+    def __init__(self, meter: Meter, label: str, shared: float, member: float) -> None:
+        self._meter = meter
+        self._label = label
+        self._shared = shared
+        self._member = member
+
+    def resumed(self, epochs: Sequence[int], steps: int) -> None:
+        """Count what earlier calls trained.
+
+        Args:
+            epochs: Epochs of the main phase that every member has behind it.
+            steps: Steps of an epoch.
+        """
+        self._meter.skip(steps * (min(epochs) * self._shared + sum(epochs) * self._member))
+
+    def step(self, report: StepReport) -> None:
+        """Count a step; first phases are shown and not counted, as the plan does not know their length."""
+        work = self._shared + report.active * self._member if report.phase == "main" else 0.0
+        phase = "" if report.phase == "main" else f"{report.phase} "
+        self._meter.advance(work, f"{self._label}: {phase}epoch {report.epoch + 1}/{report.epochs}")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
-
+from distillzoo.bench.checks import check_keys, check_list, plain, refuse_objects, typed_fields
 from distillzoo.bench.yamls import read_yaml
 from distillzoo.data import DATASETS
 from distillzoo.engine import TrainConfig
@@ -114,7 +111,7 @@ class Recipe:
             Pair.parse(pair)
         for who in ("student", "teacher"):
             for model, values in getattr(self, f"{who}_overrides").items():
-                _check_keys(values, _CONFIG_FIELDS, f"{who}_overrides.{model}")
+                check_keys(values, _CONFIG_FIELDS, f"{who}_overrides.{model}")
 
     def student_config(self, model: str) -> TrainConfig:
         """Return how a student of this name is trained."""
@@ -126,7 +123,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data, as :func:`make_recipe` takes it."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        return {key: plain(value) for key, value in asdict(self).items()}
 
 
 _CONFIG_FIELDS = tuple(item.name for item in fields(TrainConfig))
@@ -135,57 +132,12 @@ _RECIPE_FIELDS = tuple(item.name for item in fields(Recipe))
 _FREE_FIELDS = ("data", "student_overrides", "teacher_overrides", "options", "weights")
 
 
-def check_list(name: str, values: Sequence[object]) -> None:
-    """Refuse an empty list and a list with a value twice.
-
-    Raises:
-        OptionError: In either case.
-    """
-    if not values:
-        raise OptionError(f"{name} is empty; name at least one, separated by commas.")
-    twice = [value for position, value in enumerate(values) if value in values[:position]]
-    if twice:
-        raise OptionError(f"{name} lists {twice[0]!r} twice; name each once.")
-
-
 def _overridden(config: TrainConfig, overrides: Mapping[str, Mapping[str, Any]], model: str) -> TrainConfig:
     """Apply every pattern that fits the model, in order."""
     for pattern, values in overrides.items():
         if fnmatchcase(model, pattern):
-            config = replace(config, **_typed(TrainConfig, {**asdict(config), **values}, "an override")) if values else config
+            config = replace(config, **typed_fields(TrainConfig, {**asdict(config), **values}, "an override")) if values else config
     return config
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _check_keys(given: object, known: Iterable[str], where: str) -> None:
-    if not isinstance(given, Mapping):
-        raise OptionError(f"{where} must be a mapping of names to values; got {given!r}.")
-    for key in given:
-        if key not in known:
-            raise OptionError(unknown_name(f"field of {where}", str(key), known, listed="Its fields are"))
-
-
-def _typed(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Check values against the types of a dataclass's fields, which also turns lists into tuples and 1 into 1.0."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "it", sub_configs=False)
-    try:
-        parsed = parser.parse_object({"it": dict(values)}, env=False)
-        made = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
-    except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError) as error:
-        raise OptionError(f"{where[0].upper()}{where[1:]} has a wrong value: {_readable(str(error))}; correct it.") from error
-    return {item.name: getattr(made.it, item.name) for item in fields(cls)}
-
-
-def _readable(message: str) -> str:
-    """Take the parser's own names and Python's brackets out of a message of jsonargparse."""
-    text = " ".join(message.split()).replace('Parser key "it.', 'the field "').replace("it.", "").rstrip(".")
-    return re.sub(r"<class '(\w+)'>|typing\.", r"\1", text).replace("Expected a ", "expected ").replace(". Got value:", "; got")
 
 
 def make_recipe(values: Mapping[str, Any], source: str = "The recipe") -> Recipe:
@@ -197,33 +149,21 @@ def make_recipe(values: Mapping[str, Any], source: str = "The recipe") -> Recipe
     Raises:
         OptionError: If a field is unknown (near matches are listed), missing or wrong.
     """
-    _check_keys(values, _RECIPE_FIELDS, source[0].lower() + source[1:])
-    _refuse_objects(values, source)
+    check_keys(values, _RECIPE_FIELDS, source[0].lower() + source[1:])
+    refuse_objects(values, source)
     for required in ("name", "dataset", "pairs", "teacher", "student"):
         if required not in values:
             raise OptionError(f"{source} lacks the field {required!r}; it needs name, dataset, pairs, teacher and student.")
     for who in ("teacher", "student"):
-        _check_keys(values[who], _CONFIG_FIELDS, f"{source[0].lower()}{source[1:]}, {who}")
+        check_keys(values[who], _CONFIG_FIELDS, f"{source[0].lower()}{source[1:]}, {who}")
     free = {key: value for key, value in values.items() if key in _FREE_FIELDS}
     for key, value in free.items():
         if not isinstance(value, Mapping) or any(key.endswith("_overrides") and not isinstance(v, Mapping) for v in value.values()):
             raise OptionError(
                 f"The field {key!r} of {source[0].lower()}{source[1:]} must be a mapping of names to values; got {value!r}."
             )
-    typed = _typed(Recipe, {key: value for key, value in values.items() if key not in free}, "recipe")
+    typed = typed_fields(Recipe, {key: value for key, value in values.items() if key not in free}, "recipe")
     return Recipe(**{**typed, **copy.deepcopy(free)})
-
-
-def _refuse_objects(value: object, source: str) -> None:
-    """Refuse what jsonargparse would read as an object to import and construct, at any depth."""
-    if isinstance(value, Mapping):
-        if "class_path" in value:
-            raise OptionError(f"{source} is refused: {value['class_path']!r} would construct an object; only plain data is read.")
-        for item in value.values():
-            _refuse_objects(item, source)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _refuse_objects(item, source)
 
 
 def list_recipes() -> list[str]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from distillzoo.bench.recipe import Pair, Recipe, check_list
+from distillzoo.bench.checks import check_list
+from distillzoo.bench.recipe import Pair, Recipe
 from distillzoo.bench.yamls import read_yaml
 from distillzoo.build import describe_distiller, list_distillers, resolve_distiller
 from distillzoo.errors import OptionError, UnknownNameError, unknown_name

@@ -14,13 +14,13 @@ from torch import nn
 from distillzoo.bench.environment import describe_environment
 from distillzoo.bench.networks import build_members, count_parameters, make_network, make_teacher
 from distillzoo.bench.plan import Group, Plan, Run, TeacherJob
-from distillzoo.bench.progress import Console, Meter
+from distillzoo.bench.progress import Console, GroupProgress, Meter
 from distillzoo.bench.recording import metrics_line, save_weights
 from distillzoo.bench.records import RecordStore
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.bench.training import forward_cost, student_task
 from distillzoo.data import DataSet
-from distillzoo.engine import MemberResult, StepReport, TrainConfig
+from distillzoo.engine import MemberResult, TrainConfig
 from distillzoo.errors import DistillZooError, OptionError, UnsupportedPairError
 
 __all__ = ["SerialRunner", "check_groups"]
@@ -93,6 +93,7 @@ class SerialRunner:
         self.device = device
         self.console = console
         self.failures: dict[str, str] = {}
+        self._started = time.monotonic()
 
     def run(self, groups: list[Group]) -> bool:
         """Train the groups; returns whether everything went well. What failed is said, and stands in ``failures``."""
@@ -113,7 +114,7 @@ class SerialRunner:
     def _make_teacher(self, job: TeacherJob, costs: _Costs, meter: Meter) -> None:
         step = costs.forward(job.name, job.data, job.config) * (1 + _BACKWARD)
         try:
-            found = self.teachers.make(job, self.device, _advancer(meter, f"teacher {job.name}", 0.0, step))
+            found = self.teachers.make(job, self.device, GroupProgress(meter, f"teacher {job.name}", 0.0, step))
         except Exception as error:  # the groups of other teachers go on
             _LOG.error("teacher %s", job.id, exc_info=not isinstance(error, DistillZooError | OSError))
             self._failed(job.id, f"The teacher {job.name} could not be made ({type(error).__name__}: {error})")
@@ -162,8 +163,11 @@ class SerialRunner:
 
         task = student_task(group, teacher, self.device, records)
         self._started = time.monotonic()
-        advance = _advancer(meter, label, costs.shared(group), costs.member(group))
-        task.run(self.store, begin, advance, finish)
+        progress = GroupProgress(meter, label, costs.shared(group), costs.member(group))
+        results = task.run(self.store, begin, progress, finish)
+        last = {runs[run_id].row.title: result.last_accuracy for run_id, result in results.items()}
+        figures = [f"{title} {accuracy:.2f}" for title, accuracy in last.items() if accuracy is not None]
+        self.console.say(f"{group.pair} seed {group.seed}: {', '.join(figures)}.")
 
     def _finish(self, run: Run, result: MemberResult, student: nn.Module | None, teacher: dict[str, Any] | None) -> None:
         record = self.store.record(run.id)
@@ -202,20 +206,6 @@ class SerialRunner:
                 "data": run.data.description,
             }
         )
-
-
-def _advancer(meter: Meter, label: str, shared: float, member: float) -> Any:
-    """Return what turns step reports into work: the teacher's pass and each active member's step."""
-
-    def advance(report: StepReport) -> None:
-        if report.phase == "resumed":
-            meter.skip(report.epoch * report.steps * (shared + report.active * member))
-        elif report.phase == "main":
-            meter.advance(shared + report.active * member, f"{label}: epoch {report.epoch + 1}/{report.epochs}")
-        else:
-            meter.advance(0.0, f"{label}: {report.phase} {report.epoch + 1}/{report.epochs}")
-
-    return advance
 
 
 class _Costs:

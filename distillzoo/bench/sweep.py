@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from distillzoo.bench.checks import check_list
 from distillzoo.bench.plan import Plan
-from distillzoo.bench.recipe import Recipe, apply_override, check_list
+from distillzoo.bench.recipe import Recipe, apply_override
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
 from distillzoo.bench.rows import Row, TableSpec, merge, select_rows
 from distillzoo.bench.table import Results, protocol_note

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from torch import nn
 from distillzoo.bench.environment import describe_environment
 from distillzoo.bench.networks import count_parameters, make_network
 from distillzoo.bench.plan import TeacherJob
+from distillzoo.bench.progress import GroupProgress
 from distillzoo.bench.recording import metrics_line, save_weights
 from distillzoo.bench.records import Record, RecordStore, file_sha256
 from distillzoo.bench.training import GroupTask
 from distillzoo.build import build_distiller
 from distillzoo.distiller import Distiller
-from distillzoo.engine import MemberResult, StepReport, evaluate
+from distillzoo.engine import MemberResult, evaluate
 from distillzoo.errors import OptionError, RecordError
 from distillzoo.models import load_weights
 
@@ -122,13 +123,13 @@ class TeacherStore:
                 f"--teacher-checkpoint: {reason}; it must hold weights of a {job.name} with {job.data.spec.num_classes} classes."
             ) from error
 
-    def make(self, job: TeacherJob, device: torch.device, advance: Callable[[StepReport], None]) -> StoredTeacher | None:
+    def make(self, job: TeacherJob, device: torch.device, progress: GroupProgress) -> StoredTeacher | None:
         """Import or train a teacher and store it; ``None`` if it diverged or failed.
 
         Args:
             job: The teacher.
             device: Where it trains.
-            advance: Told of every step.
+            progress: Told of every step.
         """
         record = self.store.teacher(job.id)
         if job.checkpoint is not None:
@@ -155,7 +156,7 @@ class TeacherStore:
             }
             self._finish(job, record, network, device, figures, job.identity["storage"])
 
-        self.task(job, device).run(self.store, begin, advance, finish)
+        self.task(job, device).run(self.store, begin, progress, finish)
         return self.find(job)
 
     def task(self, job: TeacherJob, device: torch.device) -> GroupTask:

@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distillzoo.bench.networks import build_members
 from distillzoo.bench.plan import Group
+from distillzoo.bench.progress import GroupProgress
 from distillzoo.bench.recording import Finish, GroupRecorder
 from distillzoo.bench.records import Record, RecordStore
 from distillzoo.data import DataSet
 from distillzoo.distiller import Distiller
-from distillzoo.engine import MemberResult, Observer, StepReport, TrainConfig, Trainer
+from distillzoo.engine import MemberResult, Observer, TrainConfig, Trainer
 from distillzoo.errors import RecordError
 from distillzoo.taps import Teacher
 
@@ -77,26 +78,25 @@ class GroupTask:
         )
 
     def run(
-        self, store: RecordStore, begin: Callable[[str], None], advance: Callable[[StepReport], None], finish: Finish
+        self, store: RecordStore, begin: Callable[[str], None], progress: GroupProgress, finish: Finish
     ) -> dict[str, MemberResult]:
         """Train to the end, from where the records stand.
 
         Args:
             store: Where damaged checkpoints are set aside.
             begin: Writes the beginning of a member's record.
-            advance: Told of every step.
+            progress: Told of every step.
             finish: Writes a member's result.
         """
-        observer = GroupRecorder(self.records, advance, finish)
+        observer = GroupRecorder(self.records, progress.step, finish)
         trainer = self.trainer(observer)
         while not self._restored(trainer, store):
             trainer = self.trainer(observer)
         observer.trainer = trainer
         for name in self.records:
             begin(name)
-        resumed = min(member.epoch if member.phase.name == "main" else 0 for member in trainer.members.values())
-        if resumed:
-            advance(StepReport("resumed", resumed, self.config.epochs, 0, len(trainer.train), len(trainer.members)))
+        epochs = [member.epoch if member.phase.name == "main" else 0 for member in trainer.members.values()]
+        progress.resumed(epochs, len(trainer.train))
         return trainer.run()
 
     def _restored(self, trainer: Trainer, store: RecordStore) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
+from distillzoo.bench import recording
 from distillzoo.bench.cli import main
 from distillzoo.bench.progress import Console
 from distillzoo.bench.recipe import Recipe, make_recipe
@@ -48,6 +50,32 @@ class Outcome(NamedTuple):
 Call = Callable[..., Outcome]
 
 
+def records(output: Path) -> dict[tuple[str, int], Path]:
+    """Return the folders of the finished runs by method and seed."""
+    found = {}
+    for path in output.glob("*/result.json"):
+        identity = json.loads(path.read_text())["identity"]
+        found[identity["method"], identity["seed"]] = path.parent
+    return found
+
+
+class Stop:
+    """Interrupts after some epoch reports; every one of them saves a checkpoint."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, reports: int) -> None:
+        original = recording.GroupRecorder.on_epoch
+        self.left = reports
+
+        def on_epoch(recorder: recording.GroupRecorder, report: Any) -> None:
+            original(recorder, report)
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(recording.GroupRecorder, "on_epoch", on_epoch)
+        monkeypatch.setattr(recording, "_SAVE_SECONDS", 0.0)
+
+
 @pytest.fixture
 def call() -> Call:
     """Call the command line; returns its exit code and what it wrote."""
@@ -75,3 +103,13 @@ def tiny() -> Recipe:
 @pytest.fixture
 def tiny_data() -> Callable[[Recipe], DataSet]:
     return lambda recipe: load_dataset(recipe.dataset, split=recipe.split, **recipe.data)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The records of one unbroken run; nobody writes to them."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(TINY_YAML)
+    console = Console(io.StringIO(), io.StringIO())
+    assert main(["--recipe", str(folder / "tiny.yaml"), "--output", str(folder / "runs")], console=console) == 0
+    return folder / "runs"

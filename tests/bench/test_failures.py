@@ -1,0 +1,198 @@
+"""Damaged records, diverging and failing members, methods that cannot work on a pair."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distillzoo import Distiller, register_distiller
+from distillzoo.errors import UnsupportedPairError
+from distillzoo.registry import DISTILLERS
+from distillzoo.types import Requires
+from tests.bench.conftest import Call, Stop, records
+
+
+def test_a_truncated_checkpoint_is_set_aside_and_run_again(
+    finished: Path, call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "runs"
+    with monkeypatch.context() as patch:
+        Stop(patch, 6)
+        call("--recipe", recipe_file, "--output", str(output))
+    first, _ = sorted(output.rglob("last.pt"))
+    first.write_bytes(first.read_bytes()[:100])
+    outcome = call("--recipe", recipe_file, "--output", str(output))
+    assert outcome.code == 0
+    assert first.parent.name in outcome.err
+    assert [path.name for path in (output / "quarantine").iterdir()] == [f"{first.parent.name}-1"]
+    for key, folder in records(finished).items():
+        assert (folder / "result.json").read_bytes() == (records(output)[key] / "result.json").read_bytes()
+
+
+def test_a_checkpoint_that_does_not_fit_is_set_aside(
+    call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "runs"
+    with monkeypatch.context() as patch:
+        Stop(patch, 6)
+        call("--recipe", recipe_file, "--output", str(output))
+    path = min(output.rglob("last.pt"))
+    saved = torch.load(path, weights_only=True)
+    saved["state"]["distiller"].popitem()
+    torch.save(saved, path)
+    outcome = call("--recipe", recipe_file, "--output", str(output))
+    assert outcome.code == 0
+    assert "does not fit" in outcome.err
+    assert len(records(output)) == 4
+
+
+def test_a_record_changed_by_hand_is_set_aside_and_run_again(finished: Path, call: Call, recipe_file: str, tmp_path: Path) -> None:
+    output = tmp_path / "runs"
+    shutil.copytree(finished, output)
+    path = records(output)["kd", 1] / "result.json"
+    original = path.read_bytes()
+    path.write_text(path.read_text().replace('"status": "done"', '"status": "fine"'))
+    outcome = call("--recipe", recipe_file, "--output", str(output))
+    assert outcome.code == 0
+    assert str(path.parent) in outcome.err
+    assert "quarantine" in outcome.err
+    assert path.read_bytes() == original
+
+
+def test_a_damaged_teacher_is_made_again(finished: Path, call: Call, recipe_file: str, tmp_path: Path) -> None:
+    output = tmp_path / "runs"
+    shutil.copytree(finished / "teachers", output / "teachers")
+    (weights,) = output.glob("teachers/*/model.safetensors")
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-4] + b"\x00\x00\x00\x00")
+    outcome = call("--recipe", recipe_file, "--output", str(output), "--methods", "kd", "--seeds", "0")
+    assert outcome.code == 0
+    assert "model.safetensors" in outcome.err
+    assert weights.read_bytes() == good
+
+
+def test_a_committed_teacher_is_used_and_never_written(finished: Path, call: Call, recipe_file: str, tmp_path: Path) -> None:
+    output = tmp_path / "runs"
+    before = {path: path.read_bytes() for path in (finished / "teachers").rglob("*") if path.is_file()}
+    outcome = call(
+        "--recipe",
+        recipe_file,
+        "--output",
+        str(output),
+        "--methods",
+        "kd",
+        "--seeds",
+        "0",
+        teacher_folders=(finished / "teachers",),
+    )
+    assert outcome.code == 0
+    assert not (output / "teachers").exists()
+    assert {path: path.read_bytes() for path in (finished / "teachers").rglob("*") if path.is_file()} == before
+    assert (records(output)["kd", 0] / "result.json").read_bytes() == (records(finished)["kd", 0] / "result.json").read_bytes()
+
+
+def test_a_given_teacher_is_imported_and_not_trained(finished: Path, call: Call, recipe_file: str, tmp_path: Path) -> None:
+    (weights,) = finished.glob("teachers/*/model.safetensors")
+    (manifest,) = finished.glob("teachers/*/manifest.json")
+    output = tmp_path / "runs"
+    arguments = ["--recipe", recipe_file, "--output", str(output), "--methods", "kd", "--seeds", "0"]
+    outcome = call(*arguments, "--teacher-checkpoint", str(weights))
+    assert outcome.code == 0
+    (imported,) = output.glob("teachers/*/manifest.json")
+    assert json.loads(imported.read_text())["accuracy"] == json.loads(manifest.read_text())["accuracy"]
+    assert imported.parent.name != manifest.parent.name
+    assert "method: imported\n" in (imported.parent / "recipe.yaml").read_text()
+    given, trained = (json.loads((records(place)["kd", 0] / "result.json").read_text()) for place in (output, finished))
+    assert given["last_loss"] == trained["last_loss"], "the same weights teach the same"
+
+
+class _Diverging(Distiller):
+    """Loses itself in its third step."""
+
+    requires = Requires(teacher=False)
+    weight_presets = {"default": {"ce": 1.0, "loss": 1.0}}
+
+    def distill_terms(self, student: Any, teacher: Any, batch: Any) -> dict[str, Tensor]:
+        return {"loss": student.logits.sum() * torch.where(self.step >= 2, float("nan"), 0.0)}
+
+
+class _Failing(_Diverging):
+    """Raises what no one expects."""
+
+    def distill_terms(self, student: Any, teacher: Any, batch: Any) -> dict[str, Tensor]:
+        raise ZeroDivisionError("never mind")
+
+
+class _Picky(_Diverging):
+    """Works on no pair."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        raise UnsupportedPairError("Picky works on no pair; use kd.")
+
+
+@pytest.fixture
+def bad_methods() -> Iterator[None]:
+    for name, cls in (("zz_diverging", _Diverging), ("zz_failing", _Failing), ("zz_picky", _Picky)):
+        register_distiller(name)(cls)
+    yield
+    for name in ("zz_diverging", "zz_failing", "zz_picky"):
+        DISTILLERS._items.pop(name)
+
+
+@pytest.mark.usefixtures("bad_methods")
+def test_a_diverged_member_leaves_the_others_alone(finished: Path, call: Call, recipe_file: str, tmp_path: Path) -> None:
+    arguments = [
+        "--recipe",
+        recipe_file,
+        "--output",
+        str(tmp_path / "runs"),
+        "--methods",
+        "vanilla,zz_diverging,kd",
+        "--seeds",
+        "0",
+    ]
+    outcome = call(*arguments)
+    assert outcome.code == 1
+    assert "diverged" in outcome.err
+    assert "diverged" in outcome.out
+    found = records(tmp_path / "runs")
+    for method in ("vanilla", "kd"):
+        assert (found[method, 0] / "result.json").read_bytes() == (records(finished)[method, 0] / "result.json").read_bytes()
+    again = call(*arguments)
+    assert again.code == 1
+    assert again.out.lstrip() == outcome.out[outcome.out.index("synthetic: ") :], "it would diverge again, so it is not tried again"
+
+
+@pytest.mark.usefixtures("bad_methods")
+def test_a_failed_group_leaves_the_others_alone(call: Call, recipe_file: str, tmp_path: Path) -> None:
+    arguments = ["--recipe", recipe_file, "--output", str(tmp_path / "runs"), "--seeds", "0"]
+    assert call(*arguments, "--methods", "vanilla").code == 0
+    outcome = call(*arguments, "--methods", "vanilla,zz_failing")
+    assert outcome.code == 1
+    assert "never mind" in outcome.err
+    assert "missing" in outcome.out
+    assert set(records(tmp_path / "runs")) == {("vanilla", 0)}
+
+
+@pytest.mark.usefixtures("bad_methods")
+def test_a_method_that_cannot_work_on_the_pair(call: Call, recipe_file: str, tmp_path: Path) -> None:
+    output = tmp_path / "runs"
+    outcome = call("--recipe", recipe_file, "--output", str(output), "--methods", "vanilla,zz_picky")
+    assert (outcome.code, output.exists()) == (2, False)
+    assert "use kd" in outcome.err
+    table = tmp_path / "table.yaml"
+    table.write_text("rows:\n  vanilla: {}\n  zz_picky: {}\n")
+    recipe = Path(recipe_file)
+    recipe.write_text(recipe.read_text().replace("methods: [vanilla, kd]\n", "").replace("table: digits", f"table: {table}"))
+    outcome = call("--recipe", recipe_file, "--output", str(output), "--seeds", "0")
+    assert outcome.code == 0, outcome.err
+    assert "not applicable" in outcome.out
+    assert "Picky works on no pair" in outcome.out
