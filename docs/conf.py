@@ -14,7 +14,7 @@ version = release = distillzoo.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "method_pages"]
 exclude_patterns = ["_build", "_ext"]
-highlight_language = "python"
+highlight_language = "none"  # blocks name their language; the others are output
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -106,6 +106,15 @@ def test_recipes_of_the_guide_are_recipes(tmp_path):
         select_rows(load_table(recipe.table or recipe.dataset), recipe)
 
 
+def test_every_table_of_the_readme_is_in_the_documentation():
+    readme = (ROOT / "README.rst").read_text(encoding="utf-8")
+    shown = (ROOT / "docs" / "tables.rst").read_text(encoding="utf-8")
+    for end in ("begin", "end"):
+        marked = re.findall(rf"^\.\. table: (\w+) {end}$", readme, re.MULTILINE)
+        assert marked
+        assert marked == re.findall(rf"\.\. table: (\w+) {end}$", shown, re.MULTILINE)
+
+
 def test_changelog_has_an_unreleased_section_that_speaks_of_results():
     text = (ROOT / "CHANGELOG.rst").read_text(encoding="utf-8")
     unreleased = text.partition("\nUnreleased\n---")[2]

@@ -62,7 +62,8 @@ def actual(item: Any) -> list[str]:
     if dataclasses.is_dataclass(item):
         return [field.name for field in dataclasses.fields(item) if field.init]
     function = item.__init__ if inspect.isclass(item) else item
-    return [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+    bound = ("self", "cls") if "." in function.__qualname__ else ()  # a plain function may well take a cls
+    return [name for name in inspect.signature(function).parameters if name not in bound]
 
 
 def complaints(item: Any) -> list[str]:
