@@ -110,7 +110,7 @@ class Call:
         module: The module.
         argument: Shape of the first tensor that it took.
         source: What made that tensor, a node of the graph of gradients.
-        shape: Shape of what it returned; ``None`` where that is no single tensor.
+        shape: Shape of what it returned; ``None`` where that is no tensor.
         node: What made it.
     """
 
@@ -172,6 +172,8 @@ class DryRun:
 
         def end(output: Any) -> None:
             call = opened.pop()
+            if isinstance(output, tuple):  # a map with its size: a tap reads the first tensor; a list is one of branches
+                output = next((item for item in output if isinstance(item, Tensor)), None)
             if isinstance(output, Tensor):
                 call.shape, call.node = tuple(output.shape), output.grad_fn
             self.calls.append(call)
