@@ -69,7 +69,7 @@ class Constant:
 class LinearWarmup:
     """``value * min((epoch + 1) / epochs, 1)``, epochs counted from 0: constant within an epoch, full from epoch ``epochs - 1`` on.
 
-    This is DKD's and ReviewKD's ``min(e / 20, 1)`` with e counted from 1 (classic register 13).
+    This is DKD's and ReviewKD's ``min(e / 20, 1)`` with e counted from 1.
 
     Args:
         value: The weight after the warm-up.

@@ -15,7 +15,7 @@ __all__ = ["TrainConfig"]
 class TrainConfig:
     """The training configuration: everything that changes the numbers and nothing that does not.
 
-    Defaults are RepDistiller's CIFAR-100 protocol (classic dossier, section 6).
+    Defaults are RepDistiller's CIFAR-100 protocol.
 
     Args:
         epochs: Length of the main phase in epochs.

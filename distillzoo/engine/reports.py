@@ -65,13 +65,14 @@ class MemberResult:
     """How a member ended.
 
     Args:
-        status: ``"done"`` or ``"diverged"``.
+        status: ``"done"``, ``"diverged"`` or ``"failed"``.
         last_accuracy: Top-1 after the last epoch, per cent.
         best_accuracy: Best top-1 over the epochs, per cent (on the evaluation images: an optimistic figure).
         best_epoch: The epoch, from 0, that reached it first.
         last_loss: Cross-entropy on the evaluation images after the last epoch.
         epochs: Epochs of the main phase that were trained.
         message: What happened, where the status is not ``"done"``.
+        history: Every epoch's report, in order.
     """
 
     status: str

@@ -109,9 +109,8 @@ class AT(Distiller):
     Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv 1612.03928. Authors' code:
     szagoruyko/attention-transfer. Term ``attention``: the sum over the stages of :func:`attention_loss`, weight 1000.
     Differs from the paper: the default is the squared, averaged distance of the authors' code, as RepDistiller and mdistiller
-    have it (register 20); ``form="paper"`` is equation 2, and torchdistill's "paper" mode is 2 H W times that per stage.
-    Differs from mdistiller: a stem is never a stage and stages pair from the deep end; its ImageNet pairs are off by one
-    (register 6).
+    have it; ``form="paper"`` is equation 2, and torchdistill's "paper" mode is 2 H W times that per stage.
+    Differs from mdistiller: a stem is never a stage and stages pair from the deep end; its ImageNet pairs are off by one.
 
     Args:
         student: The student with its taps.

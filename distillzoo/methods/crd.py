@@ -84,7 +84,7 @@ class CRD(Distiller):
     b84f547. Term ``contrast``: nce_loss over <M_t[i], g_s(f_s)> / tau - log Z_s, plus the same with the roles changed. g are
     linear layers to unit vectors, M the embeddings of every training sample, moved by momentum after each step
     (:meth:`after_step`; the last occurrence of a sample in a batch counts). Z_s and Z_t are set on the first training batch and
-    then stay (register 8). Banks, embeddings and Z are part of the state (register 9).
+    then stay. Banks, embeddings and Z are part of the state.
 
     Differs from the authors' code: negatives are drawn on the device from the labels, uniform over the other classes and with
     replacement (there: by the data set, without), as a function of seed, step and sample; where fewer exist than asked for, all of

@@ -154,9 +154,9 @@ class DKD(Distiller):
 
     Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679. Authors' code: mdistiller
     (a08d46f). Total = ce + warm (alpha tckd + beta nckd), warm = min((e + 1) / 20, 1) with the epoch e counted from 0, which is
-    the code's count from 1 (register 13); a schedule of the weights. Beta depends on the pair: tables carry it.
+    the code's count from 1; a schedule of the weights. Beta depends on the pair: tables carry it.
     Differs from the authors' code: logarithms throughout, where the code's TCKD is not a number at a logit gap over T of about
-    104 (register 24); the true class is left out exactly, not by -1000 on its logit.
+    104; the true class is left out exactly, not by -1000 on its logit.
 
     Args:
         student: The student with its taps.

@@ -59,8 +59,8 @@ class FitNet(Distiller):
     Differs from the authors' code: that has two stages (the hint alone with 1/2 and a sum, then KD) and no batch norm.
     Differs from RepDistiller and mdistiller: the ReLU at the regressor's end stays only where the teacher's stage ends with one,
     since it cannot reach the negative values of wide residual networks and MobileNetV2 (``head="relu"`` restores theirs); shapes
-    come from a dry run that leaves the teacher's statistics alone (mdistiller's changes them, register 2); what ConvReg cannot
-    bridge, or only with a kernel above 7, is resized where the references fail (register 32).
+    come from a dry run that leaves the teacher's statistics alone (mdistiller's changes them); what ConvReg cannot
+    bridge, or only with a kernel above 7, is resized where the references fail.
 
     Args:
         student: The student with its taps.

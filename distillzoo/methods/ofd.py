@@ -109,9 +109,9 @@ class OFD(Distiller):
     Maps of different size: the larger is average-pooled to the smaller, the teacher's as mdistiller does it, the student's before
     its connector; the authors' code assumes equal sizes.
     Differs from the authors' code: the teacher is in eval mode; ``teacher_bn="batch"`` gives it the batch's statistics as the
-    authors do, in a pass of its own, and the running ones never change (register 4). Channels and norms are read from the
-    networks, so that all pairs work (register 3: mdistiller raises on 5 of 12). Margins are vectorised, and a norm of scale 0 has
-    one (register 34). Where a stage ends without activation the map itself is matched.
+    authors do, in a pass of its own, and the running ones never change. Channels and norms are read from the
+    networks, so that all pairs work (mdistiller raises on 5 of 12). Margins are vectorised, and a norm of scale 0 has
+    one. Where a stage ends without activation the map itself is matched.
 
     Args:
         student: The student with its taps.

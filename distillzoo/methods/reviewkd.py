@@ -72,14 +72,13 @@ class ReviewKD(Distiller):
     the deepest to the shallowest and hands each level over at the teacher's size and width. Sizes are measured at each step.
 
     Weight of ``review``: the authors' code has 5 for most CIFAR-100 pairs (0.6 to 8), which is the default, with the authors'
-    warm-up over 20 epochs, min((e + 1) / 20, 1) with e from 0 as in mdistiller; the authors' own starts one epoch later, at 0
-    (register 13). ImageNet: 1 without warm-up (preset ``"imagenet"``; MobileNetV1 8).
+    warm-up over 20 epochs, min((e + 1) / 20, 1) with e from 0 as in mdistiller; the authors' own starts one epoch later, at 0.
+    ImageNet: 1 without warm-up (preset ``"imagenet"``; MobileNetV1 8).
     Student maps are read after their activation and the teacher's before it, as for CIFAR in the authors' code;
-    ``student_preact=True`` is their ImageNet form (register 10). Published CIFAR numbers belong to another protocol: batch 128, lr
-    0.1, nesterov, older normalisation, 151 epochs at full lr (register 12).
-    Differs from the authors' code: the teacher is in eval mode (register 4); the deepest level's norm uses its running statistics
-    for a batch of 1. Differs from mdistiller: the middle width is an option, which mdistiller's configs name and its code ignores
-    (register 11).
+    ``student_preact=True`` is their ImageNet form. Published CIFAR numbers belong to another protocol: batch 128, lr
+    0.1, nesterov, older normalisation, 151 epochs at full lr.
+    Differs from the authors' code: the teacher is in eval mode; the deepest level's norm uses its running statistics
+    for a batch of 1. Differs from mdistiller: the middle width is an option, which mdistiller's configs name and its code ignores.
 
     Args:
         student: The student with its taps.

@@ -136,10 +136,10 @@ class RKD(Distiller):
 
     Park, Kim, Lu, Cho, "Relational Knowledge Distillation", CVPR 2019, arXiv 1904.05068. Authors' code: lenscloth/RKD.
     Total = ce + 25 distance + 50 angle, as RepDistiller (b84f547) and mdistiller (a08d46f).
-    Differs from the authors' code (register 25): their classification script gives the vectors unit length first
+    Differs from the authors' code: their classification script gives the vectors unit length first
     (``normalize=True``) and adds KD at temperature 4 with its T^2 (``"rkd+kd"``). All three give no number for one sample, and
     make distances from inner products, by which equal vectors differ by rounding. On several devices the pairs are those of one
-    device's batch (register 26).
+    device's batch.
 
     Args:
         student: The student with its taps.

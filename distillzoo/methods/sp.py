@@ -70,7 +70,7 @@ class SP(Distiller):
     similarity as RepDistiller (b84f547) and mdistiller (a08d46f), who read the last map before pooling, with its own height and
     width on either side.
     The value falls with the batch (7.5, 0.61, 0.043 at 16, 64, 256 samples) and 3000 was tuned at 64. On several devices the pairs
-    are those of one device's batch (register 26).
+    are those of one device's batch.
     Differs from torchdistill: its sample weight is 1.
 
     Args:

@@ -64,7 +64,7 @@ class VID(Distiller):
     Differs from RepDistiller: rho is not decayed, since decay pulls the variance towards 0.69 (``decay_variance=True`` restores
     it), and softplus is the library's, which does not overflow.
     Differs from mdistiller: there the variances are neither trained, moved nor saved, so that its VID is a squared error with a
-    fixed factor (register 1), and its dry run changes the teacher's statistics (register 2).
+    fixed factor, and its dry run changes the teacher's statistics.
 
     Args:
         student: The student with its taps.
