@@ -31,15 +31,20 @@ class Console:
 
     def say(self, text: str = "") -> None:
         """Write a line to the output."""
-        with tqdm.external_write_mode(file=self.out):
-            self.out.write(text + "\n")
-            self.out.flush()
+        self._write(self.out, text)
 
     def warn(self, text: str) -> None:
         """Write a line to the error output."""
-        with tqdm.external_write_mode(file=self.err):
-            self.err.write(text + "\n")
-            self.err.flush()
+        self._write(self.err, text)
+
+    @staticmethod
+    def _write(stream: TextIO, text: str) -> None:
+        try:
+            with tqdm.external_write_mode(file=stream):
+                stream.write(text + "\n")
+                stream.flush()
+        except BrokenPipeError:  # the reader has left (| head): training goes on without one
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def meter(self, total: float, done: float = 0.0) -> Meter:
         """Start the bar of a plan."""

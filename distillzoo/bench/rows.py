@@ -44,6 +44,12 @@ class Row:
     source: str = ""
     point: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def label(self) -> str:
+        """Title with the swept values: what tells the rows of a sweep apart."""
+        point = ", ".join(f"{path}={value}" for path, value in self.point)
+        return f"{self.title} [{point}]" if point else self.title
+
     def settings(self, pair: Pair) -> tuple[dict[str, Any], Mapping[str, Any] | str | None]:
         """Return options and weights for a pair, as ``build_distiller`` takes them."""
         special = self.pairs.get(str(pair), {})

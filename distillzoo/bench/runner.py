@@ -165,14 +165,14 @@ class SerialRunner:
         self._started = time.monotonic()
         progress = GroupProgress(meter, label, costs.shared(group), costs.member(group))
         results = task.run(self.store, begin, progress, finish)
-        last = {runs[run_id].row.title: result.last_accuracy for run_id, result in results.items()}
+        last = {runs[run_id].row.label: result.last_accuracy for run_id, result in results.items()}
         figures = [f"{title} {accuracy:.2f}" for title, accuracy in last.items() if accuracy is not None]
         self.console.say(f"{group.pair} seed {group.seed}: {', '.join(figures)}.")
 
     def _finish(self, run: Run, result: MemberResult, student: nn.Module | None, teacher: dict[str, Any] | None) -> None:
         record = self.store.record(run.id)
         if result.status == "failed":  # not a result: memory ran out, say; the next call tries again
-            self._failed(run.id, f"{run.row.title} on {run.pair}, seed {run.seed}, failed: {result.message}")
+            self._failed(run.id, f"{run.row.label} on {run.pair}, seed {run.seed}, failed: {result.message}")
             return
         record.write_metrics([metrics_line(report) for report in result.history])
         seconds = sum(report.seconds for report in result.history)
@@ -190,7 +190,7 @@ class SerialRunner:
         if student is not None:
             save_weights(record, "student.safetensors", student)
         else:
-            self._failed(run.id, f"{run.row.title} on {run.pair}, seed {run.seed}, {result.status}: {result.message}")
+            self._failed(run.id, f"{run.row.label} on {run.pair}, seed {run.seed}, {result.status}: {result.message}")
         record.finish(
             {
                 "identity": run.identity,

@@ -183,8 +183,9 @@ class SweepView:
             if data.split == "heldout"
             else "Evaluated on the test set: nothing may be chosen here."
         )
+        described = "; ".join(dict.fromkeys(cell.run.data.description for cell in self.plan.cells))
         return (
-            f"{data.description} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
+            f"{described} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
             f"over seeds; differences inside the spread mean nothing. {chosen} {protocol_note(self.plan.recipe)}"
         )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 
@@ -48,3 +49,12 @@ def test_lines_go_where_they_belong() -> None:
     console.say("figure")
     console.warn("note")
     assert (out.getvalue(), err.getvalue()) == ("figure\n", "note\n")
+
+
+def test_a_reader_that_leaves_does_not_stop_a_run() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        console = Console(pipe, io.StringIO())
+        console.say("nobody reads this")
+        console.say("nor this")
