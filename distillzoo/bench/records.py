@@ -90,6 +90,8 @@ class Record:
     def begin(self, recipe: Mapping[str, object], environment: Mapping[str, object]) -> None:
         """Make the folder and say what is run and where."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for left_over in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+            left_over.unlink(missing_ok=True)
         self.write_text("recipe.yaml", dump_yaml(dict(recipe)))
         self.write_json("env.json", environment)
 

@@ -114,6 +114,14 @@ def test_a_record_that_was_copied_to_another_id_is_damaged(finished: Record, sto
     assert store.result(Record(other)) is None
 
 
+def test_what_a_killed_process_left_half_written_is_cleared(store: RecordStore) -> None:
+    record = store.record("a" * 16)
+    record.begin({}, {})
+    (record.path / ".last.pt.123.tmp").write_bytes(b"half")
+    record.begin({}, {})
+    assert {path.name for path in record.path.iterdir()} == {"recipe.yaml", "env.json"}
+
+
 def test_a_readonly_store_moves_nothing(finished: Record, said: list[str]) -> None:
     DAMAGES["truncated"](finished)
     store = RecordStore(finished.path.parent, said.append, readonly=True)
