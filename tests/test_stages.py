@@ -181,6 +181,12 @@ def test_four_dimensions_are_read_by_channels_then_aspect_then_what_the_network_
         as_view(said, data, (2, 3, 4, 5, 6))
 
 
+@pytest.mark.parametrize("shape", [(8, 16, 3), (8, 4, 4, 3), (4, 3)])
+def test_windows_in_the_batch_dimension_are_no_map(shape):
+    with pytest.raises(TapError, match="for two images; windows or patches"):
+        as_view(nn.Identity(), DataSpec(5, (16, 16)), shape)
+
+
 # ------------------------------------------------------------------------------------ before the activation, and its norm
 
 

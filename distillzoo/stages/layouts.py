@@ -65,11 +65,16 @@ def as_view(
         declared: The layout that is asked for.
         channels: Channels of the tensor, where they are known.
     Raises:
-        TapError: If tokens form no grid, or the tensor has neither two, three nor four dimensions.
+        TapError: If tokens form no grid, or the tensor is no two maps, rows of tokens or vectors.
     Example:
         >>> as_view(nn.Identity(), DataSpec(10, (224, 224)), (2, 50, 768))
         View(layout='tokens', prefix=1, grid=(7, 7), sequence_first=False, mean=False)
     """
+    if 2 not in shape[:2] or (shape[0] != 2 and len(shape) != 3):
+        raise TapError(
+            f"A tap of {type(module).__name__} has the shape {tuple(shape)} for two images; windows or patches in "
+            "the batch dimension are no map of an image: name a module around them."
+        )
     if declared == "vector" or len(shape) == 2:
         return View("vector")
     if len(shape) == 3:

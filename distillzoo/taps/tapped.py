@@ -138,7 +138,7 @@ class Tapped:
             if name not in self._taps:
                 near = near_matches(name, self._taps) or sorted(self._taps)
                 hint = _NO_POOLED if name == "pooled" else ""
-                raise TapError(f"The {self.role} has no tap {name!r}; it has {', '.join(near)}.{hint}")
+                raise TapError(f"The {self.role} has no tap {name!r}; it has {', '.join(near) or 'none'}.{hint}")
         return tuple(found)
 
     def path(self, name: str) -> str:
