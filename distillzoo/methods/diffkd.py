@@ -112,8 +112,8 @@ class DiffKD(Distiller):
     predictors alone, while ``feature`` and ``logits`` reach student and predictors through five denoising steps. The denoiser is
     random at first: ``"warmup"`` lets these two grow over 20 epochs, which the authors do not. Exports hold the plain student.
     Differs from the authors' code: of two maps the larger is pooled; the width is that of the teacher's map, 1024 at most and 256
-    for images of 64 pixels or less (authors: 1024 throughout); eval mode too normalises by the batch, as running statistics blend
-    noised teacher and denoised student; a batch of one value a channel uses them; logits are cut at 1e4 before they are noised.
+    for images of 64 pixels or less (authors' recipe: 1024 throughout); eval mode too normalises by the batch, as running statistics
+    blend noised teacher and denoised student; a batch of one value a channel uses them; logits are cut at 1e4 before being noised.
     The authors published nothing on CIFAR; others' code takes temperature 4 there. The paper's text may start at time 500, not 400.
 
     Args:
@@ -167,6 +167,11 @@ class DiffKD(Distiller):
         for name, value, allowed in (("target", target, Target), ("places", places, Places)):
             if value not in get_args(allowed):
                 raise OptionError(f"{name} is one of {', '.join(get_args(allowed))}; got {value!r}. Choose one of these.")
+        if latent_channels is not None and (places == "logits" or target != "autoencoder"):
+            raise OptionError(
+                f"latent_channels is the width of the map's autoencoder; got {latent_channels!r} with places={places!r} and "
+                f"target={target!r}, which have none: leave it out."
+            )
         self.temperature, self.schedule = temperature, denoiser.ddim_schedule(denoise_steps, train_steps)
         self.register_buffer("levels", denoiser.alpha_bars(train_steps).float(), persistent=False)
         self.places = nn.ModuleDict()
@@ -189,10 +194,6 @@ class DiffKD(Distiller):
 
     def _make_target(self, target: Target, channels: int, latent_channels: int | None) -> int:
         """Make what turns the teacher's map into the target; return the target's channels."""
-        if latent_channels is not None and target != "autoencoder":
-            raise OptionError(
-                f"latent_channels is the autoencoder's; got {latent_channels!r} with target={target!r}: leave it out."
-            )
         if target == "normalized":
             self.target = denoiser.DenoiserNorm(channels, affine=False)
         if target != "autoencoder":
