@@ -14,7 +14,7 @@ from distillzoo.engine.config import TrainConfig
 from distillzoo.engine.evaluate import autocast, evaluate_all
 from distillzoo.engine.member import Member
 from distillzoo.engine.reports import MemberResult, Observer, StepReport
-from distillzoo.errors import DistillZooError, OptionError
+from distillzoo.errors import OptionError
 from distillzoo.taps import Teacher
 from distillzoo.types import Batch, Loader, Trace
 
@@ -157,6 +157,6 @@ class Trainer:
             return
         try:
             action(*args)
-        except (DistillZooError, RuntimeError) as error:
+        except Exception as error:  # whatever it is: the traceback is logged, the others go on
             _LOG.error("member %s failed", member.name, exc_info=True)
-            member.fail("failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            member.fail("failed", f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}")
