@@ -96,22 +96,19 @@ class NegativeSampler(nn.Module):
         if first is not None:
             drawn[:, 0] = first
         rows = max(_CHUNK_CPU // self.count, 1) if labels.device.type == "cpu" else len(labels)
+        sizes = self.sizes[labels].unsqueeze(1)
+        others, after = len(self.order) // 2 - sizes, self.starts[labels].unsqueeze(1) + sizes
+        numbers = torch.arange(self.count, device=labels.device)
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
-            drawn[part, offset:] = self._draw_rows(stream, step, labels[part], index[part])
+            own = index[part].unsqueeze(1)
+            if self._distinct:
+                chosen = (stream.integers(step, own, others[part]) + numbers * _STRIDE) % others[part]
+            else:
+                chosen = stream.integers(step, own * self.count + numbers, others[part])
+            chosen += after[part]
+            drawn[part, offset:] = self.order.index_select(0, chosen.flatten()).view_as(chosen)
         return drawn
-
-    def _draw_rows(self, stream: Stream, step: int | Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        sizes = self.sizes[labels].unsqueeze(1)
-        others = len(self.order) // 2 - sizes
-        numbers = torch.arange(self.count, device=labels.device)
-        index = index.unsqueeze(1)
-        if self._distinct:
-            chosen = (stream.integers(step, index, others) + numbers * _STRIDE) % others
-        else:
-            chosen = stream.integers(step, index * self.count + numbers, others)
-        chosen += self.starts[labels].unsqueeze(1) + sizes
-        return self.order.index_select(0, chosen.flatten()).view_as(chosen)
 
     def draw_same_class(self, stream: Stream, step: int | Tensor, *, labels: Tensor, index: Tensor) -> Tensor:
         """Draw one position of each anchor's own class, the anchor's among them; ``(B,)``."""

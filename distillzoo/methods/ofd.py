@@ -54,7 +54,7 @@ def ofd_margin(shift: Tensor, scale: Tensor) -> Tensor:
             "norm's bias and weight."
         )
     beta, gamma = shift.detach().double(), scale.detach().double().abs()
-    ratio = beta / torch.where(gamma > 0.0, gamma, 1.0)
+    ratio = beta / gamma  # not finite for a scale of 0, which the last line answers
     below = torch.special.ndtr(-ratio)
     density = torch.exp(-0.5 * ratio.square()) / math.sqrt(2.0 * math.pi)
     mean = beta - gamma * density / below.clamp_min(_RAREST)

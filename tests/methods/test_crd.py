@@ -55,6 +55,8 @@ def test_oracle_and_the_equation_written_out():
     for epsilon, num_samples in ((1e-7, 100), (0.0, 7), (0.3, 5000)):
         expected = slow_nce(LOG_SCORES.exp().tolist(), num_samples, epsilon)
         assert nce_loss(LOG_SCORES, num_samples, epsilon=epsilon).item() == pytest.approx(expected, abs=1e-12)
+    far = LOG_SCORES + 18.0  # scores far above the noise, where a softplus of less care is linear
+    assert nce_loss(far, 100).item() == pytest.approx(slow_nce(far.exp().tolist(), 100), abs=1e-12)
 
 
 def test_scores_of_one_over_n_have_the_published_value():
