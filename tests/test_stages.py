@@ -302,6 +302,19 @@ def test_the_inside_of_a_branch_is_no_stage():
     assert found(net) == ["body.0", "body.1", "body"]
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_a_block_holds_before_its_stride_is_no_end_of_a_stage(wrapped):
+    def inverted(stride):
+        return nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride, 1, groups=8), nn.Conv2d(8, 4, 1))
+
+    net = Steps(0)
+    net.stem = nn.Conv2d(3, 4, 3, 2, 1)
+    net.blocks = nn.Sequential(*[inverted(stride) for stride in (1, 2, 1, 2)])
+    if wrapped:
+        net.blocks, net.stem = nn.Sequential(net.stem, *net.blocks), nn.Identity()
+    assert found(net) == (["blocks.1", "blocks.3", "blocks"] if wrapped else ["blocks.0", "blocks.2", "blocks"])
+
+
 def test_the_head_a_network_declares_first_is_the_classifier():
     class Two(Steps):
         def __init__(self):

@@ -134,7 +134,7 @@ def _from_resolutions(module: nn.Module, probe: Probe) -> tuple[Stage, ...]:
     for nodes in (run.trunk, run.depths):
         groups = _by_size(module, probe, run, nodes)
         if len(groups) > 1:
-            return tuple(Stage(path=group[-1].path) for group in groups[-_MOST_STAGES:])
+            return tuple(Stage(path=_end(module, probe, group)) for group in groups[-_MOST_STAGES:])
     groups = _by_size(module, probe, run, run.trunk) or _by_size(module, probe, run, run.depths)
     if not groups:
         return ()
@@ -144,6 +144,30 @@ def _from_resolutions(module: nn.Module, probe: Probe) -> tuple[Stage, ...]:
         family.append(call.path)
     largest = max(blocks.values(), key=len)
     return _evenly([Stage(path) for path in largest]) if len(largest) > 1 else (Stage(groups[0][-1].path),)
+
+
+def _end(module: nn.Module, probe: Probe, group: list[Call]) -> str:
+    """The path of the last call of a group that does not lie inside the block that makes the maps smaller.
+
+    A block whose stride comes after its first op (an inverted residual) holds maps of the size before; they belong to it. A module
+    that does more at that size holds whole blocks and is none itself.
+    """
+    run, path = probe.dry_run, group[-1].path
+
+    def size(shape: tuple[int, ...] | None) -> tuple[int, int] | None:
+        return map_size(module, probe.data, shape) if shape else None
+
+    here = size(group[-1].shape)
+    for depth in range(1, path.count(".") + 1):
+        outer = ".".join(path.split(".")[:depth])
+        call = run.last(outer)
+        if call is None or size(call.argument) != here or size(call.shape) == here:
+            continue
+        ops = sum(c.has_weights and c.path.startswith(f"{outer}.") and size(c.shape) == here for c in run.calls)
+        outside = [call for call in group if not call.path.startswith(f"{outer}.")]
+        if ops == 1 and outside:
+            return outside[-1].path
+    return path
 
 
 def _by_size(module: nn.Module, probe: Probe, run: DryRun, nodes: Mapping[Node, int] | set[Node]) -> list[list[Call]]:
