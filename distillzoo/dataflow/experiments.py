@@ -1,0 +1,156 @@
+"""Small numeric experiments on modules: what they compute is asked of them, not of their class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from distillzoo.stages import Probe, split_path
+from distillzoo.types import DataSpec
+
+__all__ = ["first_tensor", "is_activation", "is_linear_op", "reaches_by_addition", "same", "same_function", "watch"]
+
+_TOLERANCE = 1e-3  # relative, of single-precision sums over a layer's inputs
+_ULPS = 8  # a few additions err by fewer; 1 / sqrt(1 + 1e-5), a fresh norm's slope, by more than forty
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """Return a tensor, or the first one of a tuple or list; None where there is none."""
+    if isinstance(value, tuple | list):
+        value = next((item for item in value if isinstance(item, Tensor)), None)
+    return value if isinstance(value, Tensor) else None
+
+
+def _draw(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(like)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors agree within what single precision and another order of sums may cost."""
+    return one.shape == other.shape and bool((one - other).abs().max() <= _TOLERANCE * other.abs().max())
+
+
+@torch.no_grad()
+def is_linear_op(module: nn.Module, shape: torch.Size) -> bool:
+    """Whether a leaf computes an affine map of its input whose output channels scale with the rows of its weight and bias.
+
+    Args:
+        module: The leaf.
+        shape: Shape of its input.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    weight = own.get("weight")
+    leaf = not list(module.children()) and not module._buffers and own.keys() <= {"weight", "bias"}
+    if not leaf or weight is None or weight.ndim < 2 or not weight.is_floating_point():
+        return False
+    x, y = _draw(shape, weight, 0), _draw(shape, weight, 1)
+    try:
+        fx, fy, origin = module(x), module(y), module(torch.zeros_like(x))
+        rows = _draw((len(weight),), weight, 2)
+        scaled = {name: rows.view(-1, *[1] * (tensor.ndim - 1)) * tensor for name, tensor in own.items()}
+        changed = functional_call(module, scaled, (x,))
+    except (RuntimeError, TypeError, ValueError):
+        return False  # it wants other inputs: not an op that branches can be made of
+    if fx.ndim < 2 or not same(module(2.0 * x - y) - origin, 2.0 * (fx - origin) - (fy - origin)):
+        return False
+    dim = 1 if weight.ndim > 2 else fx.ndim - 1
+    return fx.shape[dim] == len(rows) and same(changed, fx * rows.view(-1, *[1] * (fx.ndim - 1 - dim)))
+
+
+@torch.no_grad()
+def is_activation(module: nn.Module, shape: torch.Size) -> bool:
+    """Whether a leaf maps every element by itself, and not by an affine map.
+
+    Args:
+        module: The leaf.
+        shape: Shape of its input.
+    """
+    if list(module.children()):
+        return False
+    like = next(module.parameters(), torch.empty(0))
+    x, other = _draw(shape, like, 0).mul(4.0), _draw(shape, like, 1).mul(4.0)
+    kept = _draw(shape, like, 2) > 0
+    training = module.training
+    module.eval()
+    try:
+        alone, mixed = module(x.clone()), module(torch.where(kept, x, other))
+        middle, far = module((x + other) / 2), module(other.clone())
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        module.train(training)
+    return alone.shape == shape and torch.equal(alone[kept], mixed[kept]) and not same(middle, (alone + far) / 2)
+
+
+def same_function(one: nn.Module, other: nn.Module, data: DataSpec) -> bool:
+    """Whether two networks return the same for a dry batch in eval mode.
+
+    Args:
+        one: A network.
+        other: Another one.
+        data: Size and channels of the images.
+    """
+    results = []
+    for network in (one, other):
+        probe = Probe(network, data)
+        with probe.evaluating():
+            results.append(network(probe.images))
+    return same(*results)
+
+
+@torch.no_grad()
+def reaches_by_addition(module: nn.Module, data: DataSpec, source: str, tap: str) -> bool:
+    """Whether what is added to the output of a module arrives at a tap unchanged, in eval mode.
+
+    Args:
+        module: The network.
+        data: Size and channels of the images.
+        source: Module path of what is moved.
+        tap: Tap path of what is watched.
+    """
+    probe = Probe(module, data)
+    at_source, before = watch(probe, source, tap)
+    shift = 8.0 * before.abs().max().clamp_min(1.0) * _draw(at_source.shape, before, 0)
+    after = watch(probe, source, tap, shift)[1]
+    if after.shape != shift.shape:
+        return False
+    allowed = _ULPS * torch.finfo(after.dtype).eps * (before.abs().max() + shift.abs().max())
+    return bool((after - before - shift).abs().max() <= allowed)
+
+
+def watch(probe: Probe, source: str, tap: str, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return what a module returns and what then arrives at a tap.
+
+    Args:
+        probe: Dry batch and network.
+        source: Module path.
+        tap: Tap path.
+        shift: What is added to the module's output before it goes on.
+    """
+    seen: dict[str, Tensor] = {}
+    path, side = split_path(tap)
+
+    def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+        seen["source"] = output.clone()
+        return output if shift is None else output + shift
+
+    def read(value: Any) -> None:
+        seen["tap"] = value.clone()
+
+    watched = probe.module.get_submodule(path)
+    handles = [probe.module.get_submodule(source).register_forward_hook(move)]
+    if side == "input":
+        handles.append(watched.register_forward_pre_hook(lambda m, args: read(first_tensor(args))))  # noqa: ARG005
+    else:
+        handles.append(watched.register_forward_hook(lambda m, a, output: read(first_tensor(output))))  # noqa: ARG005
+    try:
+        with probe.evaluating():
+            probe.module(probe.images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen["source"], seen["tap"]

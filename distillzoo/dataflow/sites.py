@@ -1,0 +1,92 @@
+"""Where a method may put branches into a tapped network, where it reads them, and what follows a tap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from distillzoo.dataflow.experiments import reaches_by_addition
+from distillzoo.dataflow.flow import Flow
+from distillzoo.dataflow.replay import RemainingPath
+from distillzoo.errors import OptionError, UnsupportedPairError
+from distillzoo.taps import Tapped
+from distillzoo.types import Stage
+
+__all__ = ["linear_sites", "path_after", "tap_before_activation", "tap_reached_by_addition"]
+
+
+def linear_sites(net: Tapped, flow: Flow, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+    """Return, by stage, the module paths of the last linear op that feeds it and of the batch norm behind that, or None.
+
+    What a stage declares, by its network or by hand, is taken as it is.
+
+    Args:
+        net: The network.
+        flow: A dry run of it.
+        names: Names of its stages, ``"stage3"``.
+    Raises:
+        OptionError: If two stages have one op.
+        UnsupportedPairError: If no convolution or linear layer feeds a stage.
+    """
+    sites: dict[str, tuple[str, str | None]] = {}
+    for name in names:
+        stage = _stage(net, name)
+        op = stage.linear or flow.linear(stage.path)
+        sites[name] = op, stage.linear_norm or flow.norm_after(op)
+    if len({op for op, _ in sites.values()}) < len(sites):
+        ops = ", ".join(f"{name} at {op}" for name, (op, _) in sites.items())
+        raise OptionError(
+            f"Every stage needs a linear op of its own to branch; got {ops}. Choose fewer layers, or others with taps=."
+        )
+    return sites
+
+
+def tap_before_activation(net: Tapped, flow: Flow, name: str) -> str:
+    """Return the name of the tap of a stage before its activation, or of its output where it ends without one.
+
+    Args:
+        net: The network.
+        flow: A dry run of it.
+        name: Name of the stage.
+    """
+    stage = _stage(net, name)
+    path = flow.before_activation(stage)
+    return f"{name}.pre" if path == (stage.pre or stage.path) else net.add_tap(f"{name}.before_activation", path, stage.layout)
+
+
+def tap_reached_by_addition(net: Tapped, flow: Flow, name: str, op: str) -> str | None:
+    """Return the name of the tap of a stage that a module's output reaches through additions alone, or None.
+
+    Args:
+        net: The network, restructured or not.
+        flow: A dry run of it as it was.
+        name: Name of the stage; it is tried before its activation, then at its output.
+        op: Path of the module.
+    """
+    stage = _stage(net, name)
+    if reaches_by_addition(net.module, net.data, op, flow.before_activation(stage)):
+        return tap_before_activation(net, flow, name)
+    return name if reaches_by_addition(net.module, net.data, op, stage.path) else None
+
+
+def path_after(net: Tapped, flow: Flow, name: str, size: Sequence[int]) -> RemainingPath:
+    """Return what a frozen network does after a stage's tap before the activation.
+
+    Args:
+        net: The network.
+        flow: A dry run of it.
+        name: Name of the stage; the path goes from the last one to the logits, from others to the first linear op that follows.
+        size: ``(H, W)`` of the maps that will be given.
+    Raises:
+        UnsupportedPairError: If the path cannot be followed from the tap alone.
+    """
+    tap = flow.before_activation(_stage(net, name))
+    stop = None if name == net.names("last")[0] else flow.linear_after(tap)
+    return RemainingPath(flow, tap, net.shapes[tap_before_activation(net, flow, name)], size, stop)
+
+
+def _stage(net: Tapped, name: str) -> Stage:
+    if len(net.shapes[name]) != 3:
+        raise UnsupportedPairError(
+            f"Branches and guides need maps (C, H, W); {net.role} {name} is {tuple(net.shapes[name])}. Name its stages with taps=."
+        )
+    return net.stages[int(name.removeprefix("stage")) - 1]

@@ -1,0 +1,225 @@
+"""Branches of a linear op: the numbers of separate layers, and an exact way back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from distillzoo.adapters.reparam import AfterNorm, Branched, expand, fold, fold_network, split_branches
+from distillzoo.errors import OptionError
+
+OPS = {
+    "conv": lambda: (nn.Conv2d(6, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)),
+    "biased": lambda: (nn.Conv2d(6, 12, 3), nn.BatchNorm2d(12)),
+    "grouped": lambda: (nn.Conv2d(6, 12, 1, groups=3, bias=False), nn.BatchNorm2d(12)),
+    "depthwise": lambda: (nn.Conv2d(6, 6, 3, groups=6, padding=1), nn.BatchNorm2d(6)),
+    "dilated and strided": lambda: (nn.Conv2d(6, 12, 3, stride=2, dilation=2, padding=2), nn.BatchNorm2d(12)),
+    "reflecting": lambda: (nn.Conv2d(6, 12, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(12)),
+    "norm without affine map": lambda: (nn.Conv2d(6, 12, 3), nn.BatchNorm2d(12, affine=False)),
+    "conv alone": lambda: (nn.Conv2d(6, 12, 3, bias=False), None),
+    "grouped alone": lambda: (nn.Conv2d(6, 12, 3, groups=2), None),
+    "linear": lambda: (nn.Linear(6, 8), None),
+    "linear and norm": lambda: (nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8)),
+}
+M = 4
+
+
+def images(op: nn.Module, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (5, 6, 9, 9) if isinstance(op, nn.Conv2d) else (5, 6)
+    return torch.randn(*shape, generator=generator).mul(1.5).add(0.3)
+
+
+def separately(branched: Branched, op: nn.Module, norm: nn.Module | None) -> nn.ModuleList:
+    """The branches as layers of their own, their rows taken one by one."""
+    m, groups = branched.branches, branched.groups
+    channels = len(op.weight)
+    width = channels // groups
+    layers = []
+    for i in range(m):
+        rows = torch.tensor([(c // width * m + i) * width + c % width for c in range(channels)])
+        pair = [copy.deepcopy(op), *([] if norm is None else [copy.deepcopy(norm)])]
+        for layer, stacked in zip(pair, (branched.op, branched.norm), strict=False):
+            for name, tensor in stacked.state_dict().items():
+                if tensor.ndim:
+                    layer.state_dict()[name].copy_(tensor[rows])
+        layers.append(nn.Sequential(*pair))
+    return nn.ModuleList(layers)
+
+
+@pytest.mark.parametrize("kind", OPS)
+def test_the_stack_is_the_mean_of_separate_layers_in_output_gradient_and_statistics(kind):
+    torch.manual_seed(0)
+    op, norm = OPS[kind]()
+    branched = Branched(op, norm, M).double()
+    apart = separately(branched, op.double(), norm if norm is None else norm.double())
+    for seed in range(3):
+        x = images(op, seed).double()
+        together, alone = branched(x), sum(layer(x) for layer in apart) / M
+        torch.testing.assert_close(together, alone)
+    together.square().sum().backward()
+    alone.square().sum().backward()
+    total = sum(layer[0].weight.grad.square().sum() for layer in apart)
+    torch.testing.assert_close(branched.op.weight.grad.square().sum(), total)
+    after = separately(branched, op, norm).state_dict()
+    for name, tensor in apart.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(after[name], tensor, msg=name)
+
+
+@pytest.mark.parametrize("kind", OPS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["float32", "float64"])
+def test_folding_is_exact_after_ten_batches_of_training(kind, dtype, tolerance):
+    torch.manual_seed(0)
+    op, norm = OPS[kind]()
+    plain_op, plain_norm = copy.deepcopy(op), copy.deepcopy(norm)
+    branched, rest = expand(op.to(dtype), norm if norm is None else norm.to(dtype), M)
+    optimiser = torch.optim.SGD(branched.parameters(), lr=0.1)
+    for seed in range(10):
+        branched(images(op, seed).to(dtype)).sin().sum().backward()
+        optimiser.step()
+    branched.eval()
+    folded_op, folded_norm = fold(branched, rest)
+    plain_op.to(dtype).load_state_dict(folded_op.state_dict())
+    x = images(op, 11).to(dtype)
+    result = plain_op(x)
+    assert repr(folded_op) == repr(plain_op)
+    if plain_norm is not None:
+        plain_norm.to(dtype).eval().load_state_dict(folded_norm.state_dict())
+        assert repr(folded_norm) == repr(plain_norm)
+        result = plain_norm(result)
+    expected = branched(x)
+    assert (result - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_the_folded_norm_keeps_statistics_that_training_can_go_on_from():
+    torch.manual_seed(0)
+    op, norm = nn.Conv2d(6, 12, 3), nn.BatchNorm2d(12, momentum=1.0)
+    branched, rest = expand(op, norm, M)
+    x = images(op)
+    branched(x)
+    folded, plain = fold(branched.eval(), rest)
+    torch.testing.assert_close(plain.running_mean, folded(x).mean((0, 2, 3)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(plain.weight, (plain.running_var + plain.eps).sqrt())
+
+
+def test_the_first_branch_keeps_the_weights_and_the_others_start_afresh_in_their_spread():
+    torch.manual_seed(0)
+    op, norm = nn.Conv2d(16, 32, 3, groups=2), nn.BatchNorm2d(32)
+    with torch.no_grad():
+        op.weight.mul_(7.0)
+        norm.weight.fill_(0.0)
+    branched = Branched(op, norm, M)
+    apart = separately(branched, op, norm)
+    assert torch.equal(apart[0][0].weight, op.weight)
+    assert not apart[0][1].weight.any()
+    for i in range(1, M):
+        assert not torch.equal(apart[i][0].weight, apart[i - 1][0].weight)
+        torch.testing.assert_close(apart[i][0].weight.std(), op.weight.std())
+        assert torch.equal(apart[i][1].weight, torch.ones(32))
+
+
+def test_weights_that_are_all_zero_stay_so_in_the_first_branch_only():
+    op = nn.Conv2d(3, 4, 1, bias=False)
+    nn.init.zeros_(op.weight)
+    weights = Branched(op, None, 2).op.weight
+    assert not weights[:4].any()
+    assert weights[4:].all()
+
+
+def test_the_stacked_outputs_come_apart_as_the_separate_layers_and_something_may_be_added():
+    torch.manual_seed(0)
+    op, norm = OPS["grouped"]()
+    branched = Branched(op, norm, M).eval()
+    apart = separately(branched, op, norm).eval()
+    seen = []
+    branched.outputs.register_forward_hook(lambda module, args, output: seen.append(output))
+    x = images(op)
+    mean = branched(x)
+    branches = split_branches(seen[0], M, 3)
+    added = split_branches(seen[0], M, 3, mean)
+    for branch, more, layer in zip(branches, added, apart, strict=True):
+        torch.testing.assert_close(branch, layer(x))
+        torch.testing.assert_close(more, branch + mean)
+    torch.testing.assert_close(torch.stack(branches).mean(0), mean)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm with its activation inside, as some libraries fuse them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop = nn.Identity()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+def test_a_norm_with_its_activation_inside_is_taken_apart_and_put_together_again():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(6, 8, 3), NormAct(8))
+    plain = copy.deepcopy(network)
+    network[0], network[1] = expand(network[0], network[1], M)
+    assert isinstance(network[1], AfterNorm)
+    assert isinstance(network.get_submodule("1.act"), nn.ReLU)
+    for seed in range(10):
+        network(images(plain[0], seed))
+    x = images(plain[0], 11)
+    folded = fold_network(copy.deepcopy(network).eval(), {"0": "1"})
+    plain.eval().load_state_dict(folded.state_dict())
+    assert repr(plain) == repr(folded)
+    torch.testing.assert_close(folded(x), network.eval()(x))
+    torch.testing.assert_close(plain(x), network(x))
+    assert (plain(x) == 0).any()
+
+
+def test_folding_leaves_the_branches_as_they_were_and_shares_nothing():
+    op, norm = OPS["biased"]()
+    branched, rest = expand(op, norm, M)
+    before = {name: tensor.clone() for name, tensor in branched.state_dict().items()}
+    for layer in fold(branched, rest):
+        for tensor in layer.state_dict().values():
+            tensor.fill_(3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in branched.state_dict().items())
+
+
+def test_what_is_frozen_stays_frozen():
+    op, norm = OPS["conv"]()
+    op.requires_grad_(False)
+    branched, rest = expand(op, norm, M)
+    assert not branched.op.weight.requires_grad
+    assert branched.norm.weight.requires_grad
+    assert not fold(branched, rest)[0].weight.requires_grad
+
+
+def test_one_branch_is_the_layer_itself():
+    op, norm = OPS["conv"]()
+    branched = Branched(op, norm, 1)
+    x = images(op)
+    torch.testing.assert_close(branched(x), norm(op(x)))
+
+
+def test_a_linear_layer_reads_tokens_and_channels_last_maps():
+    op = nn.Linear(6, 8)
+    branched = Branched(op, None, 2)
+    tokens = torch.randn(2, 5, 5, 6)
+    weights = branched.op.weight.view(2, 8, 6).mean(0)
+    torch.testing.assert_close(branched(tokens), F.linear(tokens, weights, branched.op.bias.view(2, 8).mean(0)))
+
+
+@pytest.mark.parametrize("branches", [0, -1, 2.0, True])
+def test_a_number_of_branches_that_is_none_is_refused(branches):
+    with pytest.raises(OptionError, match=r"branches must be an integer of at least 1; got .*Pass 4"):
+        Branched(nn.Conv2d(3, 4, 1), None, branches)
+
+
+def test_what_has_no_weight_or_no_statistics_is_refused():
+    with pytest.raises(OptionError, match=r"got ReLU, which has no weight"):
+        Branched(nn.ReLU(), None, 2)
+    with pytest.raises(OptionError, match=r"got GroupNorm.*Leave it out"):
+        Branched(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), 2)
