@@ -232,7 +232,7 @@ def crd_against_gathering(rounds: int) -> tuple[float, float]:
     assert isinstance(distiller, CRD)
     assert batch.index is not None
     bank = distiller.teacher_bank
-    drawn = distiller.sampler.draw(distiller.stream("negatives"), 0, labels=batch.targets, index=batch.index, first=batch.index)
+    drawn = distiller.sampler.draw(distiller.stream("negatives"), 0, labels=batch.targets, index=batch.index)
     anchors = F.normalize(torch.randn(BATCH, bank.memory.shape[1]), dim=1).requires_grad_()
     weight = torch.rand(drawn.shape)
 

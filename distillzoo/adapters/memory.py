@@ -79,7 +79,7 @@ class NegativeSampler(nn.Module):
         self.register_buffer("starts", torch.cumsum(sizes, 0) - sizes, persistent=False)
         self.register_buffer("sizes", sizes, persistent=False)
 
-    def draw(self, stream: Stream, step: int | Tensor, *, labels: Tensor, index: Tensor, first: Tensor | None = None) -> Tensor:
+    def draw(self, stream: Stream, step: int | Tensor, *, labels: Tensor, index: Tensor) -> Tensor:
         """Draw negatives for a batch.
 
         Args:
@@ -87,14 +87,10 @@ class NegativeSampler(nn.Module):
             step: Step of the stream; a 0-dim tensor is not copied to the host.
             labels: ``(B,)`` classes of the anchors.
             index: ``(B,)`` positions of the anchors in the training set: which draws are theirs.
-            first: ``(B,)`` positions that are put before the negatives.
         Returns:
-            ``(B, count)`` int64 positions in the training set, or ``(B, 1 + count)`` with ``first``.
+            ``(B, count)`` int64 positions in the training set.
         """
-        offset = 0 if first is None else 1
-        drawn = torch.empty((len(labels), offset + self.count), dtype=torch.int64, device=labels.device)
-        if first is not None:
-            drawn[:, 0] = first
+        drawn = torch.empty((len(labels), self.count), dtype=torch.int64, device=labels.device)
         rows = max(_CHUNK_CPU // self.count, 1) if labels.device.type == "cpu" else len(labels)
         sizes = self.sizes[labels].unsqueeze(1)
         others, after = len(self.order) // 2 - sizes, self.starts[labels].unsqueeze(1) + sizes
@@ -107,7 +103,7 @@ class NegativeSampler(nn.Module):
             else:
                 chosen = stream.integers(step, own * self.count + numbers, others[part])
             chosen += after[part]
-            drawn[part, offset:] = self.order.index_select(0, chosen.flatten()).view_as(chosen)
+            drawn[part] = self.order.index_select(0, chosen.flatten()).view_as(chosen)
         return drawn
 
     def draw_same_class(self, stream: Stream, step: int | Tensor, *, labels: Tensor, index: Tensor) -> Tensor:

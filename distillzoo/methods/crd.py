@@ -25,10 +25,13 @@ __all__ = ["CRD", "nce_loss"]
 
 Mode = Literal["exact", "relax"]
 Normalizer = Literal["first_batch", "none"]
+_EPSILON = 1e-7  # the authors' constant
 _SOFTPLUS_EXACT = 40.0  # from here on softplus(x) is x in double precision
+_LONGEST_ROW = math.sqrt(3.0)  # of a bank as it starts; afterwards rows are of length 1, as anchors always are
+_EXP_SAFE = 60.0  # exponentials of this size can be summed in float32
 
 
-def nce_loss(log_scores: Tensor, num_samples: int, *, log_normalizer: Tensor | None = None, epsilon: float = 1e-7) -> Tensor:
+def nce_loss(log_scores: Tensor, num_samples: int, *, log_normalizer: Tensor | None = None, epsilon: float = _EPSILON) -> Tensor:
     """Tell the positive from the noise: noise-contrastive estimation with K uniform negatives.
 
     Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv 1910.10699, equations 16 and 17.
@@ -61,14 +64,18 @@ def nce_loss(log_scores: Tensor, num_samples: int, *, log_normalizer: Tensor | N
             f"nce_loss needs num_samples of at least 1 and a finite epsilon of at least 0; got {num_samples} and {epsilon}; "
             "pass the size of the training set."
         )
-    batch, count = log_scores.shape[0], log_scores.shape[1] - 1
+    positive, negative = torch.split(full_precision(log_scores), [1, log_scores.shape[1] - 1], dim=1)
+    return _nce(positive, negative, num_samples, log_normalizer, epsilon)
+
+
+def _nce(positive: Tensor, negative: Tensor, num_samples: int, log_normalizer: Tensor | None, epsilon: float) -> Tensor:
+    """Return :func:`nce_loss` of ``(B, 1)`` and ``(B, K)`` log-scores."""
+    batch, count = negative.shape
     noise = count / num_samples
     threshold: Tensor | float = math.log(noise + epsilon)
     if log_normalizer is not None:
         threshold = threshold + full_precision(log_normalizer.detach())
-    gaps = full_precision(log_scores) - threshold
-    positive, negative = torch.split(gaps, [1, count], dim=1)
-    excess = _softplus(-positive).sum() + _softplus(negative).sum()
+    excess = _softplus(threshold - positive).sum() + _softplus(negative - threshold).sum()
     return excess / batch + count * math.log1p(epsilon / noise)
 
 
@@ -179,8 +186,9 @@ class CRD(Distiller):
         positive = index
         if self.mode == "relax":
             positive = self.sampler.draw_same_class(self._positives, self.step, labels=batch.targets, index=index)
-        drawn = self.sampler.draw(self._negatives, self.step, labels=batch.targets, index=index, first=positive)
-        loss = self._one_side(0, own, self.teacher_bank, drawn) + self._one_side(1, other, self.student_bank, drawn)
+        negatives = self.sampler.draw(self._negatives, self.step, labels=batch.targets, index=index)
+        rows = (positive.unsqueeze(1), negatives)
+        loss = self._one_side(0, own, self.teacher_bank, *rows) + self._one_side(1, other, self.student_bank, *rows)
         if self.training:
             self._latest = (index, own.detach(), other.detach())
         return {"contrast": loss}
@@ -194,22 +202,28 @@ class CRD(Distiller):
         self.teacher_bank.update(index, other, self.momentum)
         self._latest = None
 
-    def _one_side(self, side: int, anchors: Tensor, bank: EmbeddingBank, drawn: Tensor) -> Tensor:
+    def _one_side(self, side: int, anchors: Tensor, bank: EmbeddingBank, positive: Tensor, negatives: Tensor) -> Tensor:
         """One network's embeddings as anchors against the other's bank."""
-        log_scores = bank.scores(anchors / self.temperature, drawn)
-        log_normalizer = self._log_normalizer(side, log_scores.detach()) if self.normalizer == "first_batch" else None
-        return nce_loss(log_scores, self.num_samples, log_normalizer=log_normalizer)
+        anchors = anchors / self.temperature
+        near, far = bank.scores(anchors, positive), bank.scores(anchors, negatives)
+        log_normalizer = self._log_normalizer(side, near.detach(), far.detach()) if self.normalizer == "first_batch" else None
+        return _nce(near, far, self.num_samples, log_normalizer, _EPSILON)
 
-    def _log_normalizer(self, side: int, log_scores: Tensor) -> Tensor:
+    def _log_normalizer(self, side: int, near: Tensor, far: Tensor) -> Tensor:
         """Return log Z: what the first training batch said, chosen on the device so that no step differs from another."""
-        sums = gather_ranks(log_scores.flatten().logsumexp(0, keepdim=True))  # one a process
-        now = sums.logsumexp(0) + math.log(self.num_samples / (len(sums) * log_scores.numel()))
+        sums = gather_ranks(torch.logaddexp(self._log_sum(near), self._log_sum(far)).view(1))  # one a process
+        now = sums.logsumexp(0) + math.log(self.num_samples / (len(sums) * (near.numel() + far.numel())))
         stored = self.log_normalizers[side]
         chosen = torch.where(self.normalized[side], stored.to(now.dtype), now)
         if self.training:
             stored.copy_(chosen)
             self.normalized[side].fill_(True)
         return chosen
+
+    def _log_sum(self, log_scores: Tensor) -> Tensor:
+        if _LONGEST_ROW / self.temperature < _EXP_SAFE:
+            return log_scores.exp().sum().log()  # half the time of the general form
+        return log_scores.flatten().logsumexp(0)
 
     def _check_index(self, index: Tensor) -> None:
         if index.device.type != "cpu" or torch.compiler.is_compiling():

@@ -13,8 +13,8 @@ STREAM = Stream.named(0, "test")
 UNEVEN = torch.tensor([0] * 30 + [1] * 5 + [2] * 15 + [4] * 10)[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
 
 
-def draw(sampler, labels, index, step=0, **more):
-    return sampler.draw(STREAM, step, labels=torch.as_tensor(labels), index=torch.as_tensor(index), **more)
+def draw(sampler, labels, index, step=0):
+    return sampler.draw(STREAM, step, labels=torch.as_tensor(labels), index=torch.as_tensor(index))
 
 
 def test_negatives_are_never_of_the_same_class_and_uniform_over_the_others():
@@ -47,11 +47,9 @@ def test_draws_are_a_function_of_step_and_sample_alone():
 
 def test_draws_in_parts_are_the_draws_at_once(monkeypatch):
     sampler = NegativeSampler(UNEVEN, num_classes=5, count=20)
-    whole = draw(sampler, UNEVEN, torch.arange(60), first=torch.arange(60))
+    whole = draw(sampler, UNEVEN, torch.arange(60))
     monkeypatch.setattr(memory, "_CHUNK_CPU", 45)
-    assert torch.equal(draw(sampler, UNEVEN, torch.arange(60), first=torch.arange(60)), whole)
-    assert torch.equal(whole[:, 0], torch.arange(60))
-    assert torch.equal(whole[:, 1:], draw(sampler, UNEVEN, torch.arange(60)))
+    assert torch.equal(draw(sampler, UNEVEN, torch.arange(60)), whole)
 
 
 @pytest.mark.parametrize("count", [30, 31, 16384])

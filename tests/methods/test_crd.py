@@ -145,7 +145,8 @@ def test_the_term_is_the_authors_equation(mode, normalizer):
     positive = index
     if mode == "relax":
         positive = distiller.sampler.draw_same_class(distiller.stream("positives"), 0, labels=targets, index=index)
-    drawn = distiller.sampler.draw(distiller.stream("negatives"), 0, labels=targets, index=index, first=positive)
+    negatives = distiller.sampler.draw(distiller.stream("negatives"), 0, labels=targets, index=index)
+    drawn = torch.cat([positive.unsqueeze(1), negatives], dim=1)
     expected = 0.0
     for anchors, bank in ((own, distiller.teacher_bank), (other, distiller.student_bank)):
         scores = torch.stack([(bank.memory[row] @ anchor / 0.07).exp() for row, anchor in zip(drawn, anchors, strict=True)])
@@ -159,6 +160,14 @@ def test_the_term_is_the_authors_equation(mode, normalizer):
     distiller.load_state_dict(before)
     out = distiller.train()(images.double(), targets, index=index)
     assert out.terms["contrast"].item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.02])
+def test_the_normalizer_is_n_times_the_mean_score(temperature):
+    distiller = crd(temperature=temperature).double()
+    near, far = (oracles.sine(3, width, alpha=0.7, scale=0.9) / temperature for width in (1, 8))
+    expected = torch.cat([near, far], 1).exp().mean().log() + math.log(40)
+    torch.testing.assert_close(distiller.eval()._log_normalizer(0, near, far), expected, rtol=0, atol=1e-12)
 
 
 def test_the_normalizer_is_the_first_training_batch_and_stays():
