@@ -137,12 +137,13 @@ class _Command:
             raise OptionError(
                 f"There are no records in {str(self.options.output)!r}; name the folder with --output, or run without --table-only."
             )
-        if groups and action != "table-only":
-            groups, reasons = check_groups(groups, lenient=self.recipe.methods in (None, ("all",)))
-            jobs = {group.teacher.id: group.teacher for group in groups if group.teacher is not None}
+        if action != "table-only":
+            jobs = {cell.teacher.id: cell.teacher for cell in self.plan.cells}  # also one that no row reads: a wrong file is wrong
             for job in jobs.values():
                 if job.checkpoint is not None and self.teachers.find(job) is None:
                     self.teachers.check_import(job)
+        if groups and action != "table-only":
+            groups, reasons = check_groups(groups, lenient=self.recipe.methods in (None, ("all",)))
             if action == "dry-run":
                 from distillzoo.bench.dryrun import estimate
 

@@ -79,7 +79,7 @@ def recorded_data(root: Path, recipe: Recipe) -> RecordedDataSet | None:
             data, description = result["identity"]["data"], str(result["data"])
             if (data["name"], data["split"]) == (recipe.dataset, recipe.split):
                 found[str(data["digest"]), str(data["augment"])] = description
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # damaged: whoever reads the record as a record says so
     if len(found) != 1:
         return None

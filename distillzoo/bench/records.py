@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,17 +118,22 @@ class Record:
         Raises:
             RecordError: If the file is truncated, damaged or of another run.
         """
+        self._check_folder()
         path = self.path / "last.pt"
         if not path.exists():
             return None
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        except Exception as error:  # junk can raise anything in there: struct.error, AttributeError, ...
             raise RecordError(f"last.pt cannot be read ({type(error).__name__})") from error
         if not isinstance(found, dict) or found.get("id") != self.id or not isinstance(found.get("state"), dict):
             raise RecordError("last.pt belongs to another run")
         state: dict[str, Any] = found["state"]
         return state
+
+    def _check_folder(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise RecordError("it is a file where a folder should be")
 
     def finish(self, result: Mapping[str, object]) -> None:
         """Write the result with the digests of the other files, last of all, and drop the checkpoint."""
@@ -149,18 +153,19 @@ class Record:
             RecordError: If the file is no JSON, is of another run, or it or a file beside it was changed by hand. A file that
                 is missing is no damage: committed records leave the weights out.
         """
+        self._check_folder()
         if not self.result_path.exists():
             return None
         try:
             found = json.loads(self.result_path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise RecordError(f"{self.result_path.name} cannot be read ({type(error).__name__})") from error
         if not isinstance(found, dict):
             raise RecordError(f"{self.result_path.name} holds no mapping")
         body = {key: value for key, value in found.items() if key != "checksum"}
         try:
             identity, checksum = content_id(body.get("identity")), content_id(body)
-        except OptionError as error:  # NaN: JSON readers take it, records never hold it
+        except (OptionError, RecursionError) as error:  # NaN: JSON readers take it, records never hold it
             raise RecordError(f"{self.result_path.name} holds what no record does") from error
         if body.get("id") != self.id or identity != self.id:
             raise RecordError(f"{self.result_path.name} belongs to another run")

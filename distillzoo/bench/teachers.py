@@ -116,12 +116,19 @@ class TeacherStore:
     def _imported(job: TeacherJob) -> nn.Module:
         network = make_network(job.name, job.data, job.seed, "teacher")
         try:
-            return load_weights(network, str(job.checkpoint))
+            load_weights(network, str(job.checkpoint))
         except OptionError as error:
             reason = textwrap.shorten(str(error).rstrip("."), 240, placeholder=" ...")
             raise OptionError(
                 f"--teacher-checkpoint: {reason}; it must hold weights of a {job.name} with {job.data.spec.num_classes} classes."
             ) from error
+        broken = [name for name, value in network.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
+        if broken:
+            raise OptionError(
+                f"--teacher-checkpoint: {str(job.checkpoint)!r} holds NaN or infinite values in {broken[0]!r}, weights must be "
+                "finite; give a checkpoint of a training that did not diverge."
+            )
+        return network
 
     def make(self, job: TeacherJob, device: torch.device, progress: GroupProgress) -> StoredTeacher | None:
         """Import or train a teacher and store it; ``None`` if it diverged or failed.

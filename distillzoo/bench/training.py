@@ -107,8 +107,8 @@ class GroupTask:
                 continue
             try:
                 trainer.restore(name, state)
-            except RecordError as error:
-                store.quarantine(record, str(error))
+            except (RecordError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                store.quarantine(record, str(error) if isinstance(error, RecordError) else f"last.pt does not fit ({error})")
                 return False
         return True
 

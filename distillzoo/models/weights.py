@@ -47,9 +47,9 @@ def _read(path: str) -> Any:
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # junk can raise anything in there: SafetensorError, struct.error, AttributeError, ...
         raise OptionError(
-            f"The checkpoint {path!r} cannot be read ({_first_lines(error)}); give a .safetensors file or one that torch.save "
+            f"The checkpoint {path!r} cannot be read ({_reason(error)}); give a .safetensors file or one that torch.save "
             "wrote, holding tensors only."
         ) from error
 
@@ -84,6 +84,15 @@ def _described(found: Any) -> str:
     if isinstance(found, Mapping):
         return f"a dictionary with the keys {', '.join(map(str, list(found)[:8])) or 'none'}"
     return f"a {type(found).__name__}"
+
+
+def _reason(error: Exception) -> str:
+    """Say in our words why a file cannot be read: torch's own advise to load it unsafely."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds other objects than tensors, or is damaged"
+    return "it is truncated, damaged or of another format"
 
 
 def _first_lines(error: Exception) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from distillzoo.models import create_model
 from tests.bench.conftest import Call
@@ -140,6 +141,31 @@ def test_a_teacher_checkpoint_that_holds_objects(call: Call, recipe_file: str, t
     )
     assert outcome.code == 2
     assert "cannot be read" in outcome.err
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+@pytest.mark.parametrize("kind", ["junk", "half", "nan", "empty"])
+@pytest.mark.parametrize("methods", ["kd", "vanilla"])
+def test_a_teacher_checkpoint_that_is_damaged(
+    ending: str, kind: str, methods: str, call: Call, recipe_file: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"teacher.{ending}"
+    state = create_model("tinycnn_32", num_classes=3).state_dict()
+    if kind == "nan":
+        next(iter(state.values())).view(-1)[0] = float("nan")
+    if ending == "pt":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    content = path.read_bytes()
+    path.write_bytes({"junk": b"junk", "half": content[: len(content) // 2], "nan": content, "empty": b""}[kind])
+    arguments = ["--recipe", recipe_file, "--methods", methods, "--teacher-checkpoint", str(path)]
+    outcome = call(*arguments, "--output", str(tmp_path / "runs"))
+    assert outcome.code == 2
+    assert ("NaN or infinite" if kind == "nan" else "cannot be read") in outcome.err
+    assert "weights_only" not in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_list(call: Call) -> None:

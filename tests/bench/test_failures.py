@@ -36,6 +36,46 @@ def test_a_truncated_checkpoint_is_set_aside_and_run_again(
         assert (folder / "result.json").read_bytes() == (records(output)[key] / "result.json").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["junk", "empty", "half", "pickle", "state"])
+def test_any_unreadable_checkpoint_is_set_aside_and_run_again(
+    kind: str, call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "runs"
+    with monkeypatch.context() as patch:
+        Stop(patch, 6)
+        call("--recipe", recipe_file, "--output", str(output))
+    path = min(output.rglob("last.pt"))
+    content = path.read_bytes()
+    if kind == "state":
+        torch.save({"id": path.parent.name, "state": {"epoch": "x"}}, path)
+    else:
+        pickled = b"\x80\x02cposix\nsystem\n."
+        path.write_bytes({"junk": b"junk", "empty": b"", "half": content[: len(content) // 2], "pickle": pickled}[kind])
+    outcome = call("--recipe", recipe_file, "--output", str(output))
+    assert outcome.code == 0, outcome.err
+    assert f"{path.parent.name} was damaged (" in outcome.err
+    assert (output / "quarantine" / f"{path.parent.name}-1").is_dir()
+    assert len(records(output)) == 4
+
+
+@pytest.mark.parametrize("kind", ["deep", "file"])
+def test_a_record_that_is_no_record_is_set_aside(kind: str, finished: Path, call: Call, recipe_file: str, tmp_path: Path) -> None:
+    output = tmp_path / "runs"
+    shutil.copytree(finished, output)
+    folder = records(output)["kd", 1]
+    original = (folder / "result.json").read_bytes()
+    if kind == "deep":
+        (folder / "result.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    else:
+        shutil.rmtree(folder)
+        folder.write_text("not a folder")
+    outcome = call("--recipe", recipe_file, "--output", str(output))
+    assert outcome.code == 0, outcome.err
+    assert f"{folder} was damaged" in outcome.err
+    assert (output / "quarantine" / f"{folder.name}-1").exists()
+    assert (folder / "result.json").read_bytes() == original
+
+
 def test_a_checkpoint_that_does_not_fit_is_set_aside(
     call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
