@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distillzoo.distiller import Distiller
 from distillzoo.engine.config import TrainConfig
-from distillzoo.engine.evaluate import autocast
+from distillzoo.engine.evaluation import autocast
 from distillzoo.engine.optim import gradient_norm_clipped, make_averaged, make_optimizer, make_scheduler
 from distillzoo.engine.reports import EpochReport, MemberResult
 from distillzoo.errors import OptionError, RecordError

@@ -11,7 +11,7 @@ import torch
 
 from distillzoo.distiller import Distiller
 from distillzoo.engine.config import TrainConfig
-from distillzoo.engine.evaluate import autocast, evaluate_all
+from distillzoo.engine.evaluation import autocast, evaluate_all
 from distillzoo.engine.member import Member
 from distillzoo.engine.reports import MemberResult, Observer, StepReport
 from distillzoo.errors import OptionError
