@@ -230,12 +230,13 @@ def crd_against_gathering(rounds: int) -> tuple[float, float]:
     distiller: Any = build_distiller("crd", network("resnet8"), network("resnet8"), data=data, seed=0)
     assert batch.index is not None
     bank = distiller.teacher_bank
-    drawn = distiller.sampler.draw(distiller.stream("negatives"), 0, labels=batch.targets, index=batch.index)
+    drawn: Tensor = distiller.sampler.draw(distiller.stream("negatives"), 0, labels=batch.targets, index=batch.index)
     anchors = F.normalize(torch.randn(BATCH, bank.memory.shape[1]), dim=1).requires_grad_()
     weight = torch.rand(drawn.shape)
 
     def literal(own: Tensor) -> Tensor:  # as the authors' code: every row gathered, then one product a sample
-        return torch.bmm(bank.memory[drawn.flatten()].view(*drawn.shape, -1), own.unsqueeze(2)).squeeze(2)
+        rows: Tensor = bank.memory[drawn.flatten()]
+        return torch.bmm(rows.view(*drawn.shape, -1), own.unsqueeze(2)).squeeze(2)
 
     def product(own: Tensor) -> Tensor:
         return bank.scores(own, drawn)
