@@ -177,6 +177,7 @@ def build_distiller(
         >>> sorted(out.terms)
         ['ce', 'kd']
     """
+    _check_arguments(name, student, teacher, data, input_size)
     methods = resolve_distiller(name)
     given = _split_options(methods, options)
     for part in taps or {}:
@@ -207,6 +208,27 @@ def build_distiller(
     if teacher is not None and distiller.requires.teacher:
         teacher.request(*distiller.requires.teacher_taps)
     return distiller
+
+
+def _check_arguments(name: Any, student: Any, teacher: Any, data: Any, input_size: Any) -> None:
+    """Refuse arguments of a wrong type, each with what to pass instead."""
+    if not isinstance(name, str | type):
+        raise OptionError(f"A distiller is a name or a subclass of Distiller; got {name!r}; names: {', '.join(list_distillers())}.")
+    if not isinstance(student, nn.Module):
+        raise OptionError(
+            f"The student must be a torch.nn.Module; got {student!r}; make one with create_model(name, num_classes=...)."
+        )
+    teachers = teacher if isinstance(teacher, Sequence) and not isinstance(teacher, str) else [teacher]
+    for one in teachers:
+        if not (one is None or isinstance(one, nn.Module | Teacher)):
+            raise OptionError(
+                f"A teacher must be a torch.nn.Module; got {one!r}; make one with create_model(name, num_classes=...)."
+            )
+    if data is not None and not isinstance(data, DataSpec):
+        raise OptionError(f"data must be a DataSpec; got {type(data).__name__}; write DataSpec(num_classes, (height, width)).")
+    sizes = input_size if isinstance(input_size, tuple) else (input_size, input_size)
+    if input_size is not None and (len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes)):
+        raise OptionError(f"input_size must be pixels, as 32 or (height, width); got {input_size!r}.")
 
 
 def _maker(member: str, method: type[Distiller], arguments: Mapping[str, Any], seed: int) -> Maker:

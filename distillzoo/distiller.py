@@ -149,7 +149,7 @@ class Distiller(nn.Module, ABC):
             ShapeError: If images and targets do not fit.
             TapError: If the given trace lacks a tap.
         """
-        hard = targets.ndim == 1 and not targets.is_floating_point()
+        hard = isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
         batch = Batch(images, targets.to(torch.int64) if hard else targets, index, second_view)
         self._check_batch(batch)
         student = self.student_net(images)
@@ -266,6 +266,12 @@ class Distiller(nn.Module, ABC):
 
     def _check_batch(self, batch: Batch) -> None:
         name = type(self).__name__
+        if not (isinstance(batch.images, Tensor) and isinstance(batch.targets, Tensor)):
+            raise ShapeError(
+                f"images and targets must be tensors; got {type(batch.images).__name__}, {type(batch.targets).__name__}."
+            )
+        if not batch.images.is_floating_point():
+            raise ShapeError(f"images must be floating-point and normalised; got {batch.images.dtype}: scale and normalise them.")
         if batch.images.ndim != 4 or not len(batch.images):
             raise ShapeError(f"images must be (B, C, H, W) with B at least 1; got {tuple(batch.images.shape)}.")
         if batch.targets.ndim not in (1, 2) or len(batch.targets) != len(batch.images):
@@ -279,12 +285,23 @@ class Distiller(nn.Module, ABC):
             raise ShapeError(
                 f"Labels of shape (B,) must be integers; got {batch.targets.dtype}: convert them, or pass probabilities."
             )
+        if batch.targets.ndim == 2 and not batch.targets.is_floating_point():
+            raise ShapeError(f"Soft targets must be floating-point probabilities; got {batch.targets.dtype}: convert them.")
+        self._check_labels(batch.targets)
         if self.requires.hard_labels and batch.targets.ndim != 1:
             raise OptionError(f"{name} needs class numbers; got soft targets {tuple(batch.targets.shape)}: switch mixing off.")
         if self.requires.index and batch.index is None:
             raise OptionError(f"{name} needs index=: the (B,) positions of the samples in the training set.")
         if self.requires.second_view and batch.second_view is None:
             raise OptionError(f"{name} needs second_view=: another augmentation of the same images.")
+
+    def _check_labels(self, targets: Tensor) -> None:
+        """Refuse labels that are no class; only where reading them does not make the host wait for a device."""
+        if targets.ndim == 2 or targets.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        low, high = (int(bound) for bound in torch.aminmax(targets))
+        if low < 0 or high >= self.data.num_classes:
+            raise ShapeError(f"Labels must be from 0 to {self.data.num_classes - 1}; got {low} to {high}: check the data set.")
 
     def _check_trace(self, teacher: Trace | None) -> None:
         if not self.requires.teacher or self.teacher_net is None:

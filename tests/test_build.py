@@ -284,3 +284,41 @@ def test_building_leaves_the_networks_as_they_were():
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert distiller.student is student
     assert student.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((5, TinyNet()), "a name or a subclass"),
+        (("kd", "resnet8"), "student must be a torch.nn.Module"),
+        (("kd", TinyNet(), "resnet20"), "teacher must be a torch.nn.Module"),
+        (("kd", TinyNet(), ["resnet20"]), "teacher must be a torch.nn.Module"),
+        (("kd", TinyNet), "student must be a torch.nn.Module"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_a_sentence(arguments, sentence):
+    with pytest.raises(OptionError, match=sentence):
+        build_distiller(*arguments)
+
+
+@pytest.mark.parametrize("size", ["8", 8.0, (3, 8, 8), 0])
+def test_an_input_size_that_is_no_size_is_a_sentence(size):
+    with pytest.raises(OptionError, match="input_size must be pixels"):
+        build_distiller("vanilla", TinyNet(), input_size=size)
+
+
+@pytest.mark.parametrize(
+    ("images", "targets", "sentence"),
+    [
+        (IMAGES, torch.full_like(TARGETS, 99), "Labels must be from 0"),
+        (IMAGES, torch.full_like(TARGETS, -100), "Labels must be from 0"),
+        ((IMAGES * 10).to(torch.uint8), TARGETS, "floating-point and normalised"),
+        (IMAGES.numpy(), TARGETS, "must be tensors"),
+        (IMAGES, None, "must be tensors"),
+        (IMAGES, torch.ones(len(IMAGES), 5, dtype=torch.int64), "floating-point probabilities"),
+    ],
+)
+def test_a_batch_that_is_none_is_a_sentence(images, targets, sentence):
+    distiller = build("vanilla", TinyNet())
+    with pytest.raises(ShapeError, match=sentence):
+        distiller(images, targets)

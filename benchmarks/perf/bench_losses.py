@@ -239,7 +239,8 @@ def crd_against_gathering(rounds: int) -> tuple[float, float]:
         return torch.bmm(rows.view(*drawn.shape, -1), own.unsqueeze(2)).squeeze(2)
 
     def product(own: Tensor) -> Tensor:
-        return bank.scores(own, drawn)
+        scores: Tensor = bank.scores(own, drawn)
+        return scores
 
     def timed(scores: Callable[[Tensor], Tensor]) -> float:
         return processor_time(lambda: (scores(anchors) * weight).sum().backward())  # type: ignore[no-untyped-call]
