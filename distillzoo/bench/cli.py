@@ -26,7 +26,7 @@ from distillzoo.bench.table import Table, make_table
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.build import list_distillers
 from distillzoo.data import DATASETS, DataSet, load_dataset
-from distillzoo.errors import DataError, DistillZooError, OptionError
+from distillzoo.errors import DataError, DistillZooError, OptionError, unknown_name
 from distillzoo.models import MODELS, create_model
 
 __all__ = ["main"]
@@ -107,6 +107,10 @@ class _Command:
         points = sweep_points(self.options.axes, table, self.recipe) if self.options.axes else None
         if points is None:
             select_rows(table, self.recipe)  # before data is read: a wrong name should not cost half a minute
+        networks = sorted({name for text in self.recipe.pairs for name in text.split(":")})
+        for name in self.recipe.taps:
+            if name not in networks and f"taps.{name}" in self.recipe.changed:
+                raise OptionError(unknown_name("network under taps", name, networks, listed="The pairs name"))
         for name in {name for text in self.recipe.pairs for name in (Pair.parse(text).teacher, Pair.parse(text).student)}:
             if "/" not in name and name not in MODELS:
                 create_model(name, num_classes=10)  # raises, with near matches

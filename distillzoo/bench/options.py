@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from distillzoo.bench.checks import check_list
+from distillzoo.bench.progress import Console
 from distillzoo.bench.recipe import Pair, Recipe, apply_override, find_recipe, load_recipe, make_recipe
+from distillzoo.bench.rows import merge_weights
 from distillzoo.bench.sweep import Axis, is_recipe_path, parse_axis
 from distillzoo.bench.yamls import parse_scalar
+from distillzoo.data import DATASETS
 from distillzoo.errors import OptionError, unknown_name
 
 __all__ = ["Options", "parse_options"]
@@ -57,6 +60,12 @@ class Options:
 class _Parser(argparse.ArgumentParser):
     """Raises what it refuses, so that the caller writes one sentence."""
 
+    def print_help(self, file: Any = None) -> None:
+        if file is None:
+            Console().say(self.format_help())  # which ends quietly where its reader has left (| head)
+        else:
+            super().print_help(file)
+
     def error(self, message: str) -> NoReturn:
         raise OptionError(f"{message[0].upper()}{message[1:]}; see --help.")
 
@@ -69,7 +78,7 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--dataset", help="digits (default), cifar100, synthetic")
+    add("--dataset", help=f"{', '.join(DATASETS.names())} (default: digits)")
     add("--data-root", metavar="DIR", help="folder of the data set")
     add("--download", action="store_true", help="fetch a missing data set")
     add("--methods", metavar="a,b", help="rows of the table file, registered names, compositions (crd+kd), or all")
@@ -110,6 +119,12 @@ def parse_options(arguments: Sequence[str]) -> Options:
     arguments, overrides = _take_dotted(list(arguments))
     known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     given, rest = parser.parse_known_args(arguments)
+    names = [argument.split("=", 1)[0] for argument in arguments if argument.startswith("--") and argument[:7] != "--sweep"]
+    twice = [name for position, name in enumerate(names) if name in names[:position]]
+    if twice:
+        raise OptionError(f"{twice[0]} is given twice; give it once.")
+    if not given.output.strip():
+        raise OptionError("--output is empty; name a folder, as --output runs.")
     if rest:
         raise OptionError(unknown_name("option", rest[0].split("=", 1)[0], known, listed="There are"))
     for name, option in _LATER.items():
@@ -133,7 +148,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         data_root=None if given.data_root is None else Path(given.data_root),
         download=given.download,
         device=given.device,
-        threads=None if given.threads is None else _integer("--threads", given.threads, 1),
+        threads=None if given.threads is None else _integer("--threads", given.threads, 1, 1024),
         teacher_checkpoint=None if given.teacher_checkpoint is None else Path(given.teacher_checkpoint),
         action=action,
     )
@@ -162,11 +177,13 @@ def _take_dotted(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]
     return rest, found
 
 
-def _integer(option: str, text: str, least: int) -> int:
+def _integer(option: str, text: str, least: int, most: int = 2**31 - 1) -> int:
     try:
         value = int(text)
     except ValueError:
         raise OptionError(f"{option} takes a whole number of at least {least}; got {text!r}; write for example {least}.") from None
+    if value > most:
+        raise OptionError(f"{option} takes a whole number of at most {most}; got {text}; write for example {least}.")
     if value < least:
         raise OptionError(f"{option} takes a whole number of at least {least}; got {value}; write for example {least}.")
     return value
@@ -225,9 +242,17 @@ def _apply(recipe: Recipe, path: str, value: Any) -> Recipe:
     first, _, rest = path.partition(".")
     if is_recipe_path(path) or first in ("student_overrides", "teacher_overrides", "options", "weights", "taps"):
         return apply_override(recipe, path, value)
-    if not rest.startswith("weights."):
+    if rest != "weights" and not rest.startswith("weights."):
         return apply_override(recipe, f"options.{path}", value)
     weights = dict(recipe.weights)
     present = weights.get(first)
+    if rest == "weights":
+        return replace(recipe, weights={**weights, first: merge_weights(present, value)}, changed=_also(recipe, path))
+    if isinstance(present, str):
+        raise OptionError(f"--{path} stands beside the preset {present!r} of --{first}.weights; give the preset or the terms.")
     weights[first] = {**(present if isinstance(present, dict) else {}), rest.removeprefix("weights."): value}
-    return replace(recipe, weights=weights, changed=(*dict.fromkeys((*recipe.changed, path)),))
+    return replace(recipe, weights=weights, changed=_also(recipe, path))
+
+
+def _also(recipe: Recipe, path: str) -> tuple[str, ...]:
+    return (*dict.fromkeys((*recipe.changed, path)),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from distillzoo.errors import OptionError, UnknownNameError, unknown_name
 __all__ = ["Pair", "Recipe", "apply_override", "find_recipe", "list_recipes", "load_recipe", "make_recipe"]
 
 _FOLDER = Path(__file__).with_name("recipes")
+_MOST_EPOCHS = 100_000  # more is a slip of the finger
 _LATER = ("folder", "imagenet100")  # data sets that design section 1 names and that are not built yet
 
 
@@ -100,6 +102,11 @@ class Recipe:
     changed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if re.fullmatch(r"[A-Za-z0-9_-]+", self.name) is None:  # it names the table's files, which stay in the output folder
+            raise OptionError(f"The name of a recipe is letters, digits, '_' and '-'; got {self.name!r}; rename it.")
+        for who, config in (("student", self.student), ("teacher", self.teacher)):
+            if config.epochs > _MOST_EPOCHS:
+                raise OptionError(f"{who}.epochs is at most {_MOST_EPOCHS}; got {config.epochs}; choose fewer.")
         check_list("pairs", self.pairs)
         check_list("seeds", self.seeds)
         if self.methods is not None:
@@ -152,7 +159,7 @@ def make_recipe(values: Mapping[str, Any], source: str = "The recipe") -> Recipe
     check_keys(values, _RECIPE_FIELDS, source[0].lower() + source[1:])
     refuse_objects(values, source)
     for required in ("name", "dataset", "pairs", "teacher", "student"):
-        if required not in values:
+        if values.get(required) is None:
             raise OptionError(f"{source} lacks the field {required!r}; it needs name, dataset, pairs, teacher and student.")
     for who in ("teacher", "student"):
         check_keys(values[who], _CONFIG_FIELDS, f"{source[0].lower()}{source[1:]}, {who}")
@@ -202,6 +209,8 @@ def find_recipe(name: str | None, dataset: str | None) -> Path:
         raise UnknownNameError(
             f"The data set {wanted!r} has no recipe {name!r}; pass --dataset {others[0].removesuffix(f'_{name}')} with it."
         )
+    if name in names:
+        raise OptionError(f"The recipe {name!r} is for another data set than {wanted}; leave --dataset or --recipe out.")
     if name is None:
         raise OptionError(
             f"The data set {wanted!r} has no recipe of its own; pass --recipe FILE, a YAML file like the built-in ones."

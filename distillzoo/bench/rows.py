@@ -54,6 +54,12 @@ class Row:
         """Return options and weights for a pair, as ``build_distiller`` takes them."""
         special = self.pairs.get(str(pair), {})
         options = merge(self.options, special.get("options", {}))
+        for reserved in ("name", "weights"):
+            if reserved in options:
+                raise OptionError(
+                    f"{reserved!r} is no option of {self.name!r}: weights are set beside the options (weights: {{...}} "
+                    f"or --{self.name}.weights); take it out."
+                )
         return options, merge_weights(self.weights, special.get("weights"))
 
     def describe(self, pair: Pair) -> dict[str, Any]:
@@ -129,8 +135,14 @@ def load_table(name: str) -> TableSpec:
     found = read_yaml(path)
     where = f"the table {path.stem!r}"
     _check_fields(found, _TABLE_FIELDS, where)
-    rows = [_make_row(key, value, where) for key, value in (found.get("rows") or {}).items()]
+    entries = found.get("rows") or {}
+    if not isinstance(entries, Mapping):
+        raise OptionError(f"The rows of {where} must be a mapping of names to fields, as 'kd: {{}}'; got {entries!r}.")
+    rows = [_make_row(str(key), value, where) for key, value in entries.items()]
     check_list(f"rows of {where}", [row.name for row in rows])
+    if "baseline" in found and found["baseline"] not in [row.name for row in rows]:
+        known = [row.name for row in rows]
+        raise UnknownNameError(unknown_name(f"baseline of {where}", str(found["baseline"]), known, listed="Its rows are"))
     published = read_yaml(_FOLDER / f"{found['published']}.yaml")["sources"] if found.get("published") else ()
     return TableSpec(path.stem, str(found.get("title", path.stem)), tuple(rows), str(found.get("baseline", "kd")), tuple(published))
 
@@ -138,6 +150,11 @@ def load_table(name: str) -> TableSpec:
 def _make_row(key: str, value: Any, where: str) -> Row:
     value = value or {}
     _check_fields(value, _ROW_FIELDS, f"row {key!r} of {where}")
+    places = {"options": value.get("options"), "pairs": value.get("pairs")}
+    places |= {f"pairs, {pair}": special for pair, special in (places["pairs"] or {}).items()} if _fits(places["pairs"]) else {}
+    for place, given in places.items():
+        if not _fits(given):
+            raise OptionError(f"{place} of row {key!r} of {where} must be a mapping of names to values; got {given!r}.")
     return Row(
         name=str(key),
         title=str(value.get("title", key)),
@@ -147,6 +164,10 @@ def _make_row(key: str, value: Any, where: str) -> Row:
         pairs=value.get("pairs") or {},
         source=str(value.get("source", "")),
     )
+
+
+def _fits(value: Any) -> bool:
+    return value is None or isinstance(value, Mapping)
 
 
 def _check_fields(found: Any, known: Sequence[str], where: str) -> None:
@@ -172,6 +193,8 @@ def select_rows(table: TableSpec, recipe: Recipe) -> tuple[Row, ...]:
         chosen = [known.get(name) or _plain_row(name) for name in _all_names(table)]
     else:
         check_list("methods", names)
+        if "all" in names:
+            raise OptionError(f"'all' in methods stands alone; got {', '.join(names)}; write all, or the names.")
         chosen = [known.get(name) or _registered(name, known) for name in names]
     for field_name in ("options", "weights"):
         for name in getattr(recipe, field_name):
@@ -204,6 +227,9 @@ def _registered(name: str, rows: Mapping[str, Row]) -> Row:
         return _plain_row(name)
     except UnknownNameError:
         known = sorted({*rows, *list_distillers()})
+        if "+" in name:
+            part = next(part.strip() for part in name.split("+") if part.strip() not in list_distillers())
+            raise UnknownNameError(unknown_name(f"method in {name!r}:", part, list_distillers())) from None
         raise UnknownNameError(
             unknown_name("method", name, known, listed="Rows of this table and registered names") + " 'all' runs every one."
         ) from None

@@ -71,7 +71,8 @@ def _problem(group: Group, run: Run, lenient: bool) -> str | None:
         return str(error)
     except TypeError as error:  # an option of a type that the method's own checks cannot even compare
         options = run.row.settings(group.pair)[0]
-        raise OptionError(f"The method {run.row.method!r} refuses its options {options} ({error}); correct their types.") from error
+        listed = ", ".join(f"{name} = {value!r}" for name, value in options.items())
+        raise OptionError(f"The method {run.row.method!r} cannot work with {listed}; give values like the defaults.") from error
     return None
 
 

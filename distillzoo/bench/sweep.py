@@ -11,7 +11,7 @@ from distillzoo.bench.checks import check_list
 from distillzoo.bench.plan import Plan
 from distillzoo.bench.recipe import Recipe, apply_override
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
-from distillzoo.bench.rows import Row, TableSpec, merge, select_rows
+from distillzoo.bench.rows import Row, TableSpec, merge, merge_weights, select_rows
 from distillzoo.bench.table import Results, protocol_note
 from distillzoo.bench.yamls import parse_scalar
 from distillzoo.errors import OptionError
@@ -80,6 +80,8 @@ def method_override(row: Row, path: str, value: Any) -> Row:
     if first == "weights" and rest:
         base = row.weights if isinstance(row.weights, Mapping) else {}
         return replace(row, weights={**base, rest: value})
+    if path == "weights":
+        return replace(row, weights=merge_weights(row.weights, value))
     nested: Any = value
     for part in reversed(path.split(".")):
         nested = {part: nested}

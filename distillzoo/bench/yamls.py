@@ -16,6 +16,9 @@ __all__ = ["dump_yaml", "load_yaml", "parse_scalar"]
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?([eE][-+]?\d+)|\d[\d_]*\.\d*|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$")
 
 
+_MOST_VALUES = 100_000
+
+
 class _Loader(yaml.SafeLoader):
     """Builds plain data only; a key that stands twice in a mapping is an error."""
 
@@ -36,6 +39,16 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Count the values in plain data, those behind an alias as often as it stands."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        items = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(item, known) for item in items)
+    return known[id(value)]
+
+
 class _DuplicateKeyError(yaml.YAMLError):
     """A mapping has a key twice."""
 
@@ -50,7 +63,12 @@ def load_yaml(text: str, source: str) -> Any:
         OptionError: If it is no YAML, has a key twice, or a tag that would construct an object.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # a child of the safe loader
+        found = yaml.load(text, Loader=_Loader)  # a child of the safe loader
+        if _size(found, {}) > _MOST_VALUES:  # few bytes of aliases can stand for more than a memory holds
+            raise OptionError(f"{source} is refused: its aliases stand for more than {_MOST_VALUES} values; write them out.")
+        return found
+    except RecursionError as error:
+        raise OptionError(f"{source} is refused: it contains itself, or is nested too deeply; write plain data.") from error
     except yaml.constructor.ConstructorError as error:
         place = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
         raise OptionError(
@@ -68,6 +86,8 @@ def load_yaml(text: str, source: str) -> Any:
 
 def parse_scalar(text: str) -> Any:
     """Read a value as it is typed on the command line: a number, ``true``, ``null``, ``[1, 2]`` or a string."""
+    if text.strip().lower().lstrip("+-") in ("nan", "inf"):  # YAML wants a dot before them; a method can say what it takes
+        return float(text)
     return load_yaml(text, f"The value {text!r}") if text.strip() else text
 
 

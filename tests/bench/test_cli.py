@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from distillzoo.models import create_model
-from tests.bench.conftest import Call
+from tests.bench.conftest import TINY_YAML, Call
 
 WRONG = [
     (["--methods", "vanila,kd"], "Unknown method 'vanila'. Did you mean 'vanilla'"),
@@ -46,7 +47,21 @@ WRONG = [
     (["--student.lrr", "1"], "Did you mean 'lr'"),
     (["--kd.temperatur", "1"], "Did you mean 'temperature'"),
     (["--kd.temperature", "-1"], "above 0"),
-    (["--kd.temperature", "abc"], "'kd' refuses its options {'temperature': 'abc'}"),
+    (["--kd.temperature", "abc"], "'kd' cannot work with temperature = 'abc'"),
+    (["--kd.temperature", "null"], "'kd' cannot work with temperature = None"),
+    (["--kd.temperature", "nan"], "nan"),
+    (["--kd.temperature", "inf"], "inf"),
+    (["--kd.weights", "imagnet"], "Did you mean 'imagenet'"),
+    (["--kd.weights", "1"], "weights are numbers by term"),
+    (["--kd.weights", "imagenet", "--kd.weights.kd", "1"], "the preset or the terms"),
+    (["--kd.name", "x"], "'name' is no option of 'kd'"),
+    (["--threads", "100000000000"], "at most 1024"),
+    (["--epochs", "1000000000"], "at most 100000"),
+    (["--dataset", "cifar100", "--recipe", "digits"], "for another data set than cifar100"),
+    (["--methods", "all,kd"], "stands alone"),
+    (["--methods", "vid+kd+nothing"], "'nothing'"),
+    (["--taps.nomodel", "[a]"], "Unknown network under taps 'nomodel'"),
+    (["--seeds", "0", "--seeds", "1"], "--seeds is given twice"),
     (["--kd.weights.dk", "1"], "'dk'. Its terms are: ce, kd"),
     (["--kd.weights.kd", "abc"], "finite number"),
     (["--data.num_trai", "1"], "Did you mean 'num_train'"),
@@ -95,6 +110,10 @@ RECIPES = {
     "- 1\n": "mapping of fields",
     "name: [\n": "not valid YAML",
     "name: a\n": "lacks the field 'dataset'",
+    "a: &a [*a]\n": "contains itself",
+    "a: " + "[" * 5000 + "]" * 5000: "nested too deeply",
+    TINY_YAML.replace("name: tiny", "name: ../../evil"): "letters, digits",
+    TINY_YAML.replace("pairs: [tinycnn_32:tinycnn_8]", "pairs: null"): "lacks the field 'pairs'",
     "nam: a\n": "Did you mean 'name'",
 }
 
@@ -108,6 +127,32 @@ def test_wrong_recipe_files(text: str, call: Call, tmp_path: Path) -> None:
     assert RECIPES[text] in outcome.err
     assert outcome.err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+TABLES = {
+    "rows: [kd, at]\n": "must be a mapping of names to fields",
+    "rows: {kd: {options: [1]}}\n": "options of row 'kd'",
+    "rows: {kd: {pairs: {a: 1}}}\n": "pairs, a of row 'kd'",
+    "rows: {kd: {}}\nbaseline: nothing\n": "Unknown baseline",
+}
+
+
+@pytest.mark.parametrize("text", TABLES)
+def test_wrong_table_files(text: str, call: Call, recipe_file: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    outcome = call("--recipe", recipe_file, "--table", str(path), "--methods", "kd", "--output", str(tmp_path / "runs"))
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert TABLES[text] in outcome.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_preset_of_weights_and_an_empty_output(call: Call, recipe_file: str, tmp_path: Path) -> None:
+    arguments = ["--recipe", recipe_file, "--methods", "kd", "--seeds", "0", "--kd.weights", "imagenet"]
+    assert call(*arguments, "--output", str(tmp_path / "runs")).code == 0
+    (path,) = (tmp_path / "runs").glob("*/result.json")
+    assert json.loads(path.read_text())["identity"]["weights"] == {"ce": 0.5, "kd": 0.5}
+    assert "--output is empty" in call(*arguments, "--output", "").err
 
 
 def test_a_recipe_of_another_data_set(call: Call, recipe_file: str) -> None:

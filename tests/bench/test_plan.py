@@ -125,7 +125,7 @@ def test_rows_by_name_method_composition_and_all(tiny: Recipe) -> None:
     assert [row.name for row in select_rows(table, everything)] == [row.name for row in table.rows]
     with pytest.raises(UnknownNameError, match=r"Unknown method 'vanila'. Did you mean 'vanilla'"):
         names("vanila")
-    with pytest.raises(UnknownNameError, match="Unknown method 'kd\\+vadi'"):
+    with pytest.raises(UnknownNameError, match="Unknown method in 'kd\\+vadi': 'vadi'"):
         names("kd+vadi")
     with pytest.raises(OptionError, match="composition"):
         names("kd+kd")
