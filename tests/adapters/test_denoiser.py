@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,6 +11,14 @@ from distillzoo.errors import OptionError, ShapeError
 from tests.methods.oracles import sine
 
 LEVELS = {400: (0.440, 0.898), 300: (0.628, 0.779), 200: (0.810, 0.586), 100: (0.946, 0.324), 0: (0.99995, 0.010)}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts its networks from the same weights, whatever ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 def test_alpha_bars_are_the_products_of_one_minus_beta():
@@ -66,12 +75,20 @@ def test_who_knows_the_noise_recovers_the_feature_in_any_number_of_steps():
 
 
 def test_every_step_of_the_chain_hands_gradients_on():
-    feature = sine(2, 3, 1, 1, alpha=0.7).requires_grad_()
-    scale = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    """With e = s_k x every step multiplies x, so value and slopes are products."""
+    scales = [0.3, -0.2, 0.5, 0.1, 0.7]
+    feature = sine(2, 3, 1, 1, alpha=0.7, delta=0.1).requires_grad_()
+    scale = torch.tensor(scales, dtype=torch.float64, requires_grad=True)
     calls = iter(range(5))
-    denoiser.denoise(feature, lambda noisy, _: scale[next(calls)] * noisy, denoiser.ddim_schedule()).sum().backward()
-    assert (feature.grad != 0).all()
-    assert (scale.grad != 0).all()
+    schedule = denoiser.ddim_schedule()
+    denoiser.denoise(feature, lambda noisy, _: scale[next(calls)] * noisy, schedule).sum().backward()
+    levels = [level for _, level in schedule] + [1.0]
+    kept = [math.sqrt(b / a) for a, b in pairwise(levels)]
+    added = [math.sqrt(1 - b) - math.sqrt(b / a) * math.sqrt(1 - a) for a, b in pairwise(levels)]
+    factors = [k + a * s for k, a, s in zip(kept, added, scales, strict=True)]
+    torch.testing.assert_close(feature.grad, torch.full_like(feature, math.prod(factors)))
+    slopes = [math.prod(factors) / factor * a * feature.sum().item() for factor, a in zip(factors, added, strict=True)]
+    torch.testing.assert_close(scale.grad, torch.tensor(slopes, dtype=torch.float64))
 
 
 def test_noise_is_mixed_in_linearly_by_sample():

@@ -19,6 +19,14 @@ CLEAN, NOISE = sine(3, 4, 2, 2, alpha=0.7), sine(3, 4, 2, 2, alpha=1.7, delta=0.
 TIMES = torch.tensor([0, 400, 999])
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts its networks from the same weights, whatever ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
 def shrinking(noisy, times):
     return noisy * (0.5 + times.view(-1, 1, 1, 1).to(noisy.dtype) / 1000)
 
@@ -181,6 +189,11 @@ def test_terms_follow_from_the_options():
         oracles.tiny_pair("diffkd", target="raw", weights={"autoencoder": 1.0})
 
 
+def test_only_the_autoencoder_adds_parameters_to_the_target():
+    trained = {target: list(oracles.tiny_pair("diffkd", target=target).target.parameters()) for target in ("normalized", "raw")}
+    assert trained == {"normalized": [], "raw": []}
+
+
 def test_an_ensemble_teaches_by_its_logits():
     distiller = oracles.tiny_pair("diffkd", teacher=[TinyNet(4), TinyNet(6)], places="logits")
     oracles.check_two_steps(distiller)
@@ -192,13 +205,13 @@ def test_draws_change_with_the_step_and_come_back_with_it():
     distiller = oracles.tiny_pair("diffkd")
     batch = oracles.tiny_batch()
 
-    def diffusion(step):
+    def terms(step):
         distiller.set_progress(Progress(0, 1, step, 10))
-        return distiller(*batch).terms["diffusion"].item()
+        return {name: term.item() for name, term in distiller(*batch).terms.items()}
 
-    first = diffusion(0)
-    assert diffusion(1) != first
-    assert diffusion(0) == first
+    first, second = terms(0), terms(1)
+    assert {name for name in first if first[name] != second[name]} == {"feature", "logits", "diffusion"}
+    assert terms(0) == first
     roots = [stream.root for streams in distiller._streams.values() for stream in streams]
     assert len(set(roots)) == 6
 
