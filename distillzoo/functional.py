@@ -6,6 +6,7 @@ from distillzoo.methods.diffkd import diffkd_logit_loss, diffusion_loss
 from distillzoo.methods.dkd import dkd_loss, nckd_loss, tckd_loss
 from distillzoo.methods.fitnet import hint_loss
 from distillzoo.methods.kd import kd_loss
+from distillzoo.methods.kdiffusion import progressive_loss
 from distillzoo.methods.ofd import ofd_loss, ofd_margin
 from distillzoo.methods.pkt import pkt_loss
 from distillzoo.methods.reviewkd import hierarchical_context_loss
@@ -27,6 +28,7 @@ __all__ = [
     "ofd_loss",
     "ofd_margin",
     "pkt_loss",
+    "progressive_loss",
     "rkd_angle_loss",
     "rkd_distance_loss",
     "sp_loss",
