@@ -68,7 +68,9 @@ def test_one_step(teacher, student, method):
         assert expected in refusal
         pytest.skip(refusal)
     assert expected is None, f"{method} is listed as refusing {student} and does not"
-    optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in distiller.parameters() if p.requires_grad], lr=1e-4
+    )  # an untrained teacher of large values asks for care
     before = {name: parameter.detach().clone() for name, parameter in distiller.student_net.module.named_parameters()}
     out = distiller(batch.images, batch.targets, **given)
     assert out.terms.keys() == out.weights.keys()
