@@ -84,19 +84,26 @@ def _convolve_doubled(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve a map of doubled height and width with a 3x3 kernel, padded by one, from the map before doubling.
 
     Of the three rows that an even row's kernel covers two are the same pixel's, and so are two of an odd row's: each of the four
-    kinds of pixel sees 2x2 pixels of the small map, with the weights of equal pixels summed. 16 products a pixel instead of 36.
+    kinds of pixel sees 2x2 pixels of the small map, with the weights of equal pixels summed: four products instead of nine.
     """
     height, width = x.shape[2:]
-    # rows 2h - 1, 2h, 2h + 1 of an even row are h - 1, h, h; of an odd row 2h, 2h + 1, 2h + 2 are h, h, h + 1
-    sums = weight.new_tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
-    kernels = torch.einsum("pik,ockl,qjl->pqocij", sums, weight, sums)
-    small = F.conv2d(x, kernels.flatten(0, 2).contiguous(memory_format=torch.channels_last), padding=1)
+    kernels = torch.stack([both for one in _halves(weight, 2) for both in _halves(one, 3)])
+    small = F.conv2d(x, kernels.flatten(0, 1).contiguous(memory_format=torch.channels_last), padding=1)
     small = small.view(len(x), 4, len(weight), height + 1, width + 1)
     rows = [
         torch.stack([small[:, 2 * odd + side, :, odd : odd + height, side : side + width] for side in (0, 1)], dim=-1).flatten(-2)
         for odd in (0, 1)
     ]
     return torch.stack(rows, dim=3).flatten(2, 3)
+
+
+def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """What a kernel of three is to the small map, for even and for odd rows.
+
+    Rows 2h - 1, 2h, 2h + 1 are h - 1, h, h of the small map; rows 2h, 2h + 1, 2h + 2 are h, h, h + 1.
+    """
+    before, own, after = torch.unbind(weight, dim)
+    return torch.stack([before, own + after], dim), torch.stack([before + own, after], dim)
 
 
 class _Mix(torch.autograd.Function):
