@@ -45,23 +45,14 @@ SAMPLES, CLASSES, BATCH = 50_000, 100, 64
 
 @dataclass
 class Case:
-    """One method on one pair, and what it costs.
-
-    Args:
-        name: Name of the method.
-        run: One forward and backward of the loss alone.
-        products: 3 x the products of its forward, over the floor's.
-        seconds: Processor time of each round.
-        floor: Smallest processor time of the floor.
-        megabytes: Peak extra memory.
-    """
+    """One method on one pair, and what it costs."""
 
     name: str
-    run: Callable[[], None]
-    products: float
-    seconds: list[float] = field(default_factory=list)
-    floor: float = 1.0
-    megabytes: float = 0.0
+    run: Callable[[], None]  # one forward and backward of the loss alone
+    products: float  # 3 x those of its forward, over the floor's
+    seconds: list[float] = field(default_factory=list)  # processor time of each round
+    floor: float = 1.0  # the floor's smallest processor time
+    megabytes: float = 0.0  # peak extra memory
 
     @property
     def share(self) -> float:
@@ -117,11 +108,14 @@ def peak_megabytes(run: Callable[[], None]) -> float:
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: large blocks are mapped afresh, and gone when they are freed
     run()  # gradients are allocated before
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again here
-    before = kilobytes("VmRSS")
-    run()
-    return (kilobytes("VmHWM") - before) / 1024
+    peaks: list[int] = []
+    for _ in range(3):  # the smallest counts: pages that the kernel took back meanwhile are no growth
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again here
+        before = kilobytes("VmRSS")
+        run()
+        peaks.append(kilobytes("VmHWM") - before)
+    return min(peaks) / 1024
 
 
 def forward_flops(run: Callable[[], Any]) -> int:
@@ -185,16 +179,7 @@ def make_floor(student: nn.Module, teacher: nn.Module) -> Callable[[], None]:
 
 
 def measure(teacher: str, student: str, methods: Sequence[str], rounds: int) -> tuple[list[Case], dict[str, str]]:
-    """Time methods on a pair against its floor.
-
-    Args:
-        teacher: Name of the teacher.
-        student: Name of the student.
-        methods: Names of methods.
-        rounds: Rounds; the smallest time counts.
-    Returns:
-        The methods that the pair takes, and why the others were refused.
-    """
+    """Time methods on a pair against its floor: those that take the pair, and why the others refuse it."""
     cases: list[Case] = []
     refused: dict[str, str] = {}
     images = random_batch()[1].images
