@@ -50,7 +50,9 @@ def tap_before_activation(net: Tapped, flow: Flow, name: str) -> str:
     """
     stage = _stage(net, name)
     path = flow.before_activation(stage)
-    return f"{name}.pre" if path == (stage.pre or stage.path) else net.add_tap(f"{name}.before_activation", path, stage.layout)
+    if path == (stage.pre or stage.path):
+        return f"{name}.pre"
+    return net.add_taps({f"{name}.before_activation": path}, stage.layout)[0]
 
 
 def tap_reached_by_addition(net: Tapped, flow: Flow, name: str, op: str) -> str | None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from distillzoo import dataflow
 from distillzoo.adapters.bridge import Bridge
 from distillzoo.adapters.connectors import pool_larger
-from distillzoo.adapters.reparam import expand, fold_network, split_branches
+from distillzoo.adapters.reparam import expand, fold_network
 from distillzoo.adapters.reverse import AmplitudeSchedule, Noise, Start, diffusion_amplitudes, draw_noise, reverse_chain
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError
@@ -65,11 +65,10 @@ def progressive_loss(branches: Tensor, target: Tensor, noise: Tensor, chain: Ten
 
 @dataclass(frozen=True)
 class _Layer:
-    """One pair of stages: the student's, the groups of its op, and names of taps (``rest`` None where the op is read alone)."""
+    """One pair of stages: the student's name and the taps that are read, ``rest`` None where the op is read alone."""
 
     stage: str
-    groups: int
-    outputs: str
+    branches: tuple[str, ...]
     mean: str
     rest: str | None
     target: str
@@ -152,10 +151,10 @@ class KDiffusion(Distiller):
             self.override_weights(weights)
         pairs = self._choose(layers)
         self.layers = self._restructure(pairs, frozen := dataflow.Flow(self._teacher().module, self._teacher().data))
-        taps = (tap for layer in self.layers for tap in (layer.outputs, layer.mean, layer.rest) if tap is not None)
+        taps = (tap for layer in self.layers for tap in (*layer.branches, layer.mean, layer.rest) if tap is not None)
         self.requires = Requires(tuple(taps), tuple(layer.target for layer in self.layers))
-        shapes = {layer.stage: (student.shapes[layer.outputs], self._teacher().shapes[layer.target]) for layer in self.layers}
-        self.bridges = nn.ModuleDict({name: Bridge(own[0] // branches, wanted[0], count) for name, (own, wanted) in shapes.items()})
+        shapes = {layer.stage: (student.shapes[layer.mean], self._teacher().shapes[layer.target]) for layer in self.layers}
+        self.bridges = nn.ModuleDict({name: Bridge(own[0], wanted[0], count) for name, (own, wanted) in shapes.items()})
         self._guides = {
             name: dataflow.path_after(self._teacher(), frozen, pairs[name], [*map(min, own[1:], wanted[1:])])
             for name, (own, wanted) in shapes.items()
@@ -191,12 +190,14 @@ class KDiffusion(Distiller):
                 f"Branches at {', '.join(self._sites)} of {type(net.module).__name__} do not fold back: an op runs twice, or its "
                 "output is read elsewhere too. Name another op by hand: taps={'student': [Stage(path=..., linear=...)]}."
             )
+        paths = {name: [f"{op}.branches.{i}" for i in range(self.branches)] for name, (op, _) in sites.items()}
+        taps = {f"{name}.branch{i}": path for name, each in paths.items() for i, path in enumerate(each, 1)}
+        net.add_taps(taps | {f"{name}.mean": op for name, (op, _) in sites.items()})
         return tuple(
             _Layer(
                 name,
-                int(getattr(net.submodule(op), "groups", 1)),
-                net.add_tap(f"{name}.branches", f"{op}.outputs"),
-                net.add_tap(f"{name}.mean", op),
+                tuple(f"{name}.branch{i + 1}" for i in range(self.branches)),
+                f"{name}.mean",
                 dataflow.tap_reached_by_addition(net, flow, name, op),
                 dataflow.tap_before_activation(teacher, frozen, pairs[name]),
             )
@@ -214,17 +215,17 @@ class KDiffusion(Distiller):
         return {name: torch.stack([value[name] for value in values]).mean() for name in values[0]}
 
     def _layer_terms(self, layer: _Layer, features: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-        bridge, stacked, mean = self.bridges[layer.stage], features[layer.outputs], features[layer.mean]
+        bridge, branches, mean = self.bridges[layer.stage], [features[name] for name in layer.branches], features[layer.mean]
         assert isinstance(bridge, Bridge)
-        # Where the stage is a sum, a branch alone would make it: the sum with that branch in the mean's place.
-        added, mean = (None, mean) if layer.rest is None else (features[layer.rest] - mean, features[layer.rest])
+        if layer.rest is not None:  # where the stage is a sum, a branch alone would make it the sum with that branch as the mean
+            added, mean = features[layer.rest] - mean, features[layer.rest]
+            branches = [branch + added for branch in branches]
         mean, target = pool_larger(mean, target)
         predicted: Tensor | None = None  # what the guide looks at
         if self.objective == "average":
             predicted = bridge.mean(mean)
             terms = {"progressive": F.mse_loss(predicted, target)}
         else:
-            branches = split_branches(stacked, self.branches, layer.groups, added)
             z = torch.stack(bridge([pool_larger(branch, target)[0] for branch in branches]))
             orders, noises = self._draws[layer.stage]
             order = torch.arange(self.branches, device=z.device)  # which step a branch serves

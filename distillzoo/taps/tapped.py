@@ -149,32 +149,34 @@ class Tapped:
         """
         return self._taps[self.names(name)[0]][0]
 
-    def add_tap(self, name: str, path: str, layout: Layout = "auto") -> str:
-        """Make a tensor of the network tappable under a name of one's own and measure it; every other tap is measured anew.
+    def add_taps(self, paths: Mapping[str, str], layout: Layout = "auto") -> tuple[str, ...]:
+        """Make tensors of the network tappable under names of one's own and measure them; every other tap is measured anew.
 
         Args:
-            name: The new name; a name that stands for this very path already is left as it is.
-            path: Tap path of the tensor.
-            layout: How it is laid out.
+            paths: Tap paths by new name; a name that stands for its very path already is left as it is.
+            layout: How the tensors are laid out.
         Returns:
-            ``name``, to request.
+            The names, to request.
         Raises:
-            OptionError: If the name stands for another path.
+            OptionError: If a name stands for another path.
             TapError: If there is no such path, or the forward does not reach it.
         """
-        known = self._taps.get(name)
-        if known == (path, layout):
-            return name
-        if known is not None:
-            raise OptionError(f"The {self.role}'s tap {name!r} is {known[0]!r} already; got {path!r}: take another name.")
-        self.submodule(path)
-        self._taps[name] = (path, layout)
-        try:
-            self._measure(Probe(self.module, self.data))
-        except TapError:
-            del self._taps[name]
-            raise
-        return name
+        new = {name: (path, layout) for name, path in paths.items() if self._taps.get(name) != (path, layout)}
+        for name, (path, _) in new.items():
+            if name in self._taps:
+                raise OptionError(
+                    f"The {self.role}'s tap {name!r} is {self._taps[name][0]!r} already; got {path!r}: take another name."
+                )
+            self.submodule(path)
+        if new:
+            self._taps |= new
+            try:
+                self._measure(Probe(self.module, self.data))
+            except TapError:
+                for name in new:
+                    del self._taps[name]
+                raise
+        return tuple(paths)
 
     def request(self, *requested: str) -> tuple[str, ...]:
         """Hook the taps, so that every later trace holds them; returns their names."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distillzoo.adapters.reparam import AfterNorm, Branched, expand, fold, fold_network, split_branches
+from distillzoo.adapters.reparam import AfterNorm, Branched, expand, fold, fold_network
 from distillzoo.errors import OptionError
 
 OPS = {
@@ -34,41 +34,22 @@ def images(op: nn.Module, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator).mul(1.5).add(0.3)
 
 
-def separately(branched: Branched, op: nn.Module, norm: nn.Module | None) -> nn.ModuleList:
-    """The branches as layers of their own, their rows taken one by one."""
-    m, groups = branched.branches, branched.groups
-    channels = len(op.weight)
-    width = channels // groups
-    layers = []
-    for i in range(m):
-        rows = torch.tensor([(c // width * m + i) * width + c % width for c in range(channels)])
-        pair = [copy.deepcopy(op), *([] if norm is None else [copy.deepcopy(norm)])]
-        for layer, stacked in zip(pair, (branched.op, branched.norm), strict=False):
-            for name, tensor in stacked.state_dict().items():
-                if tensor.ndim:
-                    layer.state_dict()[name].copy_(tensor[rows])
-        layers.append(nn.Sequential(*pair))
-    return nn.ModuleList(layers)
-
-
 @pytest.mark.parametrize("kind", OPS)
-def test_the_stack_is_the_mean_of_separate_layers_in_output_gradient_and_statistics(kind):
+def test_the_output_is_the_mean_of_layers_that_each_keep_statistics_of_their_own(kind):
     torch.manual_seed(0)
-    op, norm = OPS[kind]()
-    branched = Branched(op, norm, M).double()
-    apart = separately(branched, op.double(), norm if norm is None else norm.double())
+    branched = Branched(*OPS[kind](), M).double()
+    apart = copy.deepcopy(branched.branches)
     for seed in range(3):
-        x = images(op, seed).double()
-        together, alone = branched(x), sum(layer(x) for layer in apart) / M
+        x = images(branched.branches[0].op, seed).double()
+        together, alone = branched(x), torch.stack([layer(x) for layer in apart]).mean(0)
         torch.testing.assert_close(together, alone)
     together.square().sum().backward()
     alone.square().sum().backward()
-    total = sum(layer[0].weight.grad.square().sum() for layer in apart)
-    torch.testing.assert_close(branched.op.weight.grad.square().sum(), total)
-    after = separately(branched, op, norm).state_dict()
+    for (name, one), other in zip(branched.branches.named_parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, msg=name)
+    after = branched.branches.state_dict()
     for name, tensor in apart.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            torch.testing.assert_close(after[name], tensor, msg=name)
+        torch.testing.assert_close(after[name], tensor, msg=name)
 
 
 @pytest.mark.parametrize("kind", OPS)
@@ -114,7 +95,7 @@ def test_the_first_branch_keeps_the_weights_and_the_others_start_afresh_in_their
         op.weight.mul_(7.0)
         norm.weight.fill_(0.0)
     branched = Branched(op, norm, M)
-    apart = separately(branched, op, norm)
+    apart = branched.branches
     assert torch.equal(apart[0][0].weight, op.weight)
     assert not apart[0][1].weight.any()
     for i in range(1, M):
@@ -126,26 +107,9 @@ def test_the_first_branch_keeps_the_weights_and_the_others_start_afresh_in_their
 def test_weights_that_are_all_zero_stay_so_in_the_first_branch_only():
     op = nn.Conv2d(3, 4, 1, bias=False)
     nn.init.zeros_(op.weight)
-    weights = Branched(op, None, 2).op.weight
-    assert not weights[:4].any()
-    assert weights[4:].all()
-
-
-def test_the_stacked_outputs_come_apart_as_the_separate_layers_and_something_may_be_added():
-    torch.manual_seed(0)
-    op, norm = OPS["grouped"]()
-    branched = Branched(op, norm, M).eval()
-    apart = separately(branched, op, norm).eval()
-    seen = []
-    branched.outputs.register_forward_hook(lambda module, args, output: seen.append(output))
-    x = images(op)
-    mean = branched(x)
-    branches = split_branches(seen[0], M, 3)
-    added = split_branches(seen[0], M, 3, mean)
-    for branch, more, layer in zip(branches, added, apart, strict=True):
-        torch.testing.assert_close(branch, layer(x))
-        torch.testing.assert_close(more, branch + mean)
-    torch.testing.assert_close(torch.stack(branches).mean(0), mean)
+    first, second = Branched(op, None, 2).branches
+    assert not first.op.weight.any()
+    assert second.op.weight.all()
 
 
 class NormAct(nn.BatchNorm2d):
@@ -192,8 +156,9 @@ def test_what_is_frozen_stays_frozen():
     op, norm = OPS["conv"]()
     op.requires_grad_(False)
     branched, rest = expand(op, norm, M)
-    assert not branched.op.weight.requires_grad
-    assert branched.norm.weight.requires_grad
+    for branch in branched.branches:
+        assert not branch.op.weight.requires_grad
+        assert branch.norm.weight.requires_grad
     assert not fold(branched, rest)[0].weight.requires_grad
 
 
@@ -208,8 +173,8 @@ def test_a_linear_layer_reads_tokens_and_channels_last_maps():
     op = nn.Linear(6, 8)
     branched = Branched(op, None, 2)
     tokens = torch.randn(2, 5, 5, 6)
-    weights = branched.op.weight.view(2, 8, 6).mean(0)
-    torch.testing.assert_close(branched(tokens), F.linear(tokens, weights, branched.op.bias.view(2, 8).mean(0)))
+    weight, bias = (torch.stack([getattr(branch.op, name) for branch in branched.branches]).mean(0) for name in ("weight", "bias"))
+    torch.testing.assert_close(branched(tokens), F.linear(tokens, weight, bias))
 
 
 @pytest.mark.parametrize("branches", [0, -1, 2.0, True])
