@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import distillzoo.methods  # noqa: F401 - registers them
+from distillzoo.arguments import check_arguments, check_classes, measured_data
 from distillzoo.composition import Composition, Maker, composed_weights
 from distillzoo.distiller import Distiller
-from distillzoo.errors import OptionError, ShapeError, unknown_name
+from distillzoo.errors import OptionError, unknown_name
 from distillzoo.registry import DISTILLERS
 from distillzoo.schedules import Weight, describe_weight
-from distillzoo.stages import Probe
 from distillzoo.streams import Stream, draw_seed, forked_generator
 from distillzoo.taps import Ensemble, Tapped, Teacher
 from distillzoo.taps.teacher import as_teacher
@@ -25,7 +25,6 @@ from distillzoo.weighting import TermWeights, preset_weights
 __all__ = ["Ensemble", "build_distiller", "describe_distiller", "list_distillers", "resolve_distiller"]
 
 _BASE_ARGUMENTS = frozenset({"self", "student", "teacher", "data", "weights", "seed"})
-_GUESSED_SIZES = ((224, 224), (32, 32))
 Taps = Mapping[str, Sequence[Stage | str] | Mapping[str, Stage | str]]
 
 
@@ -177,7 +176,7 @@ def build_distiller(
         >>> sorted(out.terms)
         ['ce', 'kd']
     """
-    _check_arguments(name, student, teacher, data, input_size)
+    check_arguments(name, student, teacher, data, input_size)
     methods = resolve_distiller(name)
     given = _split_options(methods, options)
     for part in taps or {}:
@@ -187,7 +186,7 @@ def build_distiller(
         raise OptionError("Student and teacher are one and the same module, which would be frozen; pass a copy as the teacher.")
     if isinstance(teacher, Teacher) and "teacher" in (taps or {}):
         raise OptionError("taps of the teacher are chosen where its Teacher is made: Teacher(network, data, stages=...).")
-    spec = data or _data_spec(student, input_size)
+    spec = data or measured_data(student, input_size)
     if data is not None and num_classes not in (None, data.num_classes):
         raise OptionError(f"num_classes is {num_classes} and data says {data.num_classes}; give one of them.")
     if data is not None and input_size is not None:
@@ -195,7 +194,7 @@ def build_distiller(
     chosen = taps or {}
     tapped = Tapped(student, spec, stages=chosen.get("student"))
     teacher = as_teacher(teacher, spec, chosen.get("teacher"), teacher_data)
-    _check_classes(tapped, teacher, data.num_classes if data is not None else num_classes)
+    check_classes(tapped, teacher, data.num_classes if data is not None else num_classes)
     seed = draw_seed(seed)
     alone = weights if len(methods) == 1 else None
     makers = {member: _maker(member, method, {**given[member], "weights": alone}, seed) for member, method in methods.items()}
@@ -208,27 +207,6 @@ def build_distiller(
     if teacher is not None and distiller.requires.teacher:
         teacher.request(*distiller.requires.teacher_taps)
     return distiller
-
-
-def _check_arguments(name: Any, student: Any, teacher: Any, data: Any, input_size: Any) -> None:
-    """Refuse arguments of a wrong type, each with what to pass instead."""
-    if not isinstance(name, str | type):
-        raise OptionError(f"A distiller is a name or a subclass of Distiller; got {name!r}; names: {', '.join(list_distillers())}.")
-    if not isinstance(student, nn.Module):
-        raise OptionError(
-            f"The student must be a torch.nn.Module; got {student!r}; make one with create_model(name, num_classes=...)."
-        )
-    teachers = teacher if isinstance(teacher, Sequence) and not isinstance(teacher, str) else [teacher]
-    for one in teachers:
-        if not (one is None or isinstance(one, nn.Module | Teacher)):
-            raise OptionError(
-                f"A teacher must be a torch.nn.Module; got {one!r}; make one with create_model(name, num_classes=...)."
-            )
-    if data is not None and not isinstance(data, DataSpec):
-        raise OptionError(f"data must be a DataSpec; got {type(data).__name__}; write DataSpec(num_classes, (height, width)).")
-    sizes = input_size if isinstance(input_size, tuple) else (input_size, input_size)
-    if input_size is not None and (len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes)):
-        raise OptionError(f"input_size must be pixels, as 32 or (height, width); got {input_size!r}.")
 
 
 def _maker(member: str, method: type[Distiller], arguments: Mapping[str, Any], seed: int) -> Maker:
@@ -257,46 +235,3 @@ def _follow_student(distiller: Distiller) -> None:
     own = [*distiller.named_parameters(recurse=False), *distiller.named_buffers(recurse=False)]
     for _, tensor in own:
         tensor.data = tensor.data.to(device=like.device, dtype=dtype if tensor.is_floating_point() else None)
-
-
-def _data_spec(student: nn.Module, input_size: int | tuple[int, int] | None) -> DataSpec:
-    """What can be known of the images when only the networks are given."""
-    config = getattr(student, "pretrained_cfg", None) or getattr(student, "default_cfg", None) or {}
-    declared = config.get("input_size") if isinstance(config, Mapping) else None
-    channels = next((m.in_channels for m in student.modules() if isinstance(m, nn.Conv2d)), 3)
-    if isinstance(input_size, int):
-        input_size = (input_size, input_size)
-    sizes = [input_size] if input_size else [*([tuple(declared[1:])] if declared else []), *_GUESSED_SIZES]
-    mean, std = config.get("mean"), config.get("std")
-    if not (mean and std and len(mean) == channels):
-        mean, std = (0.0,) * channels, (1.0,) * channels
-    problems: list[str] = []
-    for height, width in dict.fromkeys(sizes):
-        probe = Probe(student, DataSpec(2, (height, width), tuple(mean), tuple(std)))
-        try:
-            with probe.evaluating():
-                classes = probe.width(student(probe.images), "student")
-        except (AssertionError, RuntimeError, ValueError) as error:
-            problems.append(f"at {height}x{width}: {(str(error) or type(error).__name__).splitlines()[0]}")
-            continue
-        return DataSpec(classes, (height, width), tuple(mean), tuple(std))
-    raise ShapeError(
-        f"The student {type(student).__name__} does not run ({'; '.join(problems)}); pass input_size= in pixels, or data=."
-    )
-
-
-def _check_classes(student: Tapped, teacher: Teacher | None, num_classes: int | None) -> None:
-    if num_classes is not None and student.num_classes != num_classes:
-        raise OptionError(
-            f"The student {type(student.module).__name__} has {student.num_classes} classes and num_classes is {num_classes}; "
-            "make them equal."
-        )
-    if teacher is not None:
-        types = [next((p.dtype for p in net.module.parameters() if p.is_floating_point()), None) for net in (student, teacher)]
-        if None not in types and types[0] != types[1]:
-            raise OptionError(f"The student computes in {types[0]} and the teacher in {types[1]}; cast one of them.")
-    if teacher is not None and teacher.num_classes != student.num_classes:
-        raise OptionError(
-            f"The teacher {type(teacher.module).__name__} has {teacher.num_classes} classes and the student "
-            f"{type(student.module).__name__} has {student.num_classes}; they must agree."
-        )

@@ -16,6 +16,7 @@ from distillzoo.errors import OptionError, ShapeError, TapError, UnsupportedPair
 from distillzoo.schedules import Schedule, Weight
 from distillzoo.streams import Stream, draw_seed
 from distillzoo.taps import Tapped, Teacher, pair_from_deep_end, remove_hooks
+from distillzoo.taps.teacher import Loan
 from distillzoo.types import Batch, DataSpec, Loader, ParamGroup, Phase, Progress, Requires, StepOutput, Trace
 from distillzoo.weighting import TermWeights, preset_weights
 
@@ -45,7 +46,8 @@ class Distiller(nn.Module, ABC):
         exempt_from_decay: Patterns of parameter names that are never decayed.
         requires: What the method needs from the loop; set on the instance where options decide.
         student_net: The student with its taps.
-        teacher_net: The teacher with its taps; no child module, so absent from state, optimiser and checkpoints.
+        teacher_net: The teacher with its taps; no child module, so absent from state, optimiser and checkpoints. It follows
+            ``.to()``; a deep copy of the distiller shares it, and refuses to be cast to another floating type.
 
     Raises:
         OptionError: If a weight names no term, or a value is out of range.
@@ -80,6 +82,7 @@ class Distiller(nn.Module, ABC):
             raise UnsupportedPairError(f"{type(self).__name__} needs a teacher and got none; pass one to build_distiller.")
         self.student_net = student
         self.teacher_net = teacher
+        self._loan = Loan()
         self.data = data
         self.seed = draw_seed(seed)
         if student.claim():
@@ -315,6 +318,8 @@ class Distiller(nn.Module, ABC):
             raise TapError(f"The teacher's trace lacks {', '.join(missing)}; request them: teacher.request({missing[0]!r}, ...).")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.teacher_net is not None:
+            self._loan.check_cast(self.teacher_net, fn)  # before anything is changed
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher_net is not None:
             self.teacher_net.module._apply(fn)  # type: ignore[no-untyped-call]

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from distillzoo import DataSpec, Teacher, build_distiller, create_model, list_distillers
-from distillzoo.errors import UnsupportedPairError
+from distillzoo import DataSpec, Teacher, create_model, list_distillers
+from distillzoo.errors import TapError, UnsupportedPairError
 from distillzoo.taps import Tapped
 
-CLASSES = 10
-DATA = DataSpec(
-    CLASSES, (224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), targets=torch.arange(40) % CLASSES
-)  # the labels are for methods with a memory
-TEACHERS = (
-    "timm/swin_tiny_patch4_window7_224",
-    "timm/vit_small_patch16_224",
-    "timm/convnext_tiny",
-    "timm/resnet50",
-    "torchvision/swin_t",
-)
-STUDENTS = (
-    "timm/resnet18",
-    "timm/mobilenetv2_100",
-    "timm/mobilenetv3_large_100",
-    "timm/efficientnet_b0",
-    "torchvision/shufflenet_v2_x1_0",
-    "shufflenetv1_224",
-)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(file: Path):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+matrix = load(ROOT / "benchmarks" / "matrix.py")
+
+CLASSES, DATA, TEACHERS, STUDENTS = matrix.CLASSES, matrix.DATA, matrix.TEACHERS, matrix.STUDENTS
 PAIRS = [*zip(TEACHERS, STUDENTS, strict=False), (TEACHERS[1], STUDENTS[5])]  # every teacher and every student
 METHODS = list_distillers()
 MUST = [name for name in ("kd", "reviewkd", "kdiffusion") if name in METHODS]
-OPTIONS = {"crd": {"negatives": 8}}
 FAMILIES = (
     "timm/regnety_002", "timm/densenet121", "timm/efficientformer_l1", "timm/maxvit_rmlp_pico_rw_256",
     "timm/coatnet_0_rw_224", "timm/deit_tiny_distilled_patch16_224", "timm/beit_base_patch16_224", "timm/mixer_s32_224",
@@ -51,58 +43,18 @@ FAMILIES = (
 
 @lru_cache(maxsize=1)  # one at a time: five of them and their taps would fill a small machine
 def teacher(name: str) -> Teacher:
-    torch.manual_seed(0)
-    return Teacher(create_model(name, num_classes=CLASSES), DATA)
-
-
-def step(method: str, network: torch.nn.Module, taught_by: Teacher, data: DataSpec = DATA) -> None:
-    """Build a distiller and make one training step of two images."""
-    torch.manual_seed(1)
-    options = OPTIONS.get(method, {})
-    distiller = build_distiller(method, network, taught_by, data=data, seed=0, **options)
-    distiller.train()
-    optimizer = torch.optim.SGD(distiller.parameters(), lr=1e-6)
-    images = torch.randn(2, 3, *data.input_size)
-    needs = distiller.requires
-    out = distiller(
-        images,
-        torch.tensor([1, 3]),
-        index=torch.tensor([1, 3]) if needs.index else None,
-        second_view=images.flip(3) if needs.second_view else None,
-    )
-    assert torch.isfinite(out.loss)
-    assert all(torch.isfinite(term) for term in out.terms.values())
-    out.loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in distiller.parameters() if p.grad is not None)
-    assert any(p.grad is not None and bool(p.grad.any()) for p in distiller.student.parameters())
-    optimizer.step()
-    distiller.after_step()
-
-
-def trains_or_refuses(method: str, network: torch.nn.Module, taught_by: Teacher) -> None:
-    try:
-        step(method, network, taught_by)
-    except UnsupportedPairError as error:
-        refusal = str(error)
-    else:
-        return
-    assert names_a_way_on(refusal), f"{method} refuses and names no way on: {refusal}"
-
-
-def names_a_way_on(refusal: str) -> bool:
-    """Whether a sentence names another method, or an argument."""
-    return bool(set(re.findall(r"\w+", refusal)) & {*METHODS, "build_distiller"}) or re.search(r"\w=", refusal) is not None
+    return Teacher(matrix.seeded_network(name), DATA)
 
 
 @pytest.mark.parametrize(("taught_by", "student"), PAIRS)
 def test_pairs_train(taught_by, student):
     for method in MUST:
-        step(method, create_model(student, num_classes=CLASSES), teacher(taught_by))
+        matrix.train_one_step(method, matrix.seeded_network(student), teacher(taught_by))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_or_refuses(method):
-    trains_or_refuses(method, create_model("timm/resnet18", num_classes=CLASSES), teacher(TEACHERS[-1]))
+    matrix.refusal(method, matrix.seeded_network("timm/resnet18"), teacher(TEACHERS[-1]))
 
 
 @pytest.mark.slow
@@ -110,7 +62,7 @@ def test_every_method_trains_or_refuses(method):
 @pytest.mark.parametrize("student", STUDENTS)
 def test_the_whole_matrix(taught_by, student):
     for method in METHODS:
-        trains_or_refuses(method, create_model(student, num_classes=CLASSES), teacher(taught_by))
+        matrix.refusal(method, matrix.seeded_network(student), teacher(taught_by))
 
 
 @pytest.mark.slow
@@ -126,14 +78,11 @@ def test_families(name):
     assert all(shapes[k][1] >= shapes[k + 1][1] for k in range(len(shapes) - 1))
     assert len(tapped.shapes["pooled"]) == 1
     for method in ("ofd", "reviewkd"):
-        step(method, create_model(name, num_classes=CLASSES), Teacher(network, data), data)
+        matrix.train_one_step(method, create_model(name, num_classes=CLASSES), Teacher(network, data), data)
 
 
 def test_the_table_of_refusals_is_found_by_trying():
-    file = Path(__file__).resolve().parents[1] / "docs" / "_ext" / "refusals.py"
-    spec = importlib.util.spec_from_file_location("refusals", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(ROOT / "docs" / "_ext" / "refusals.py")
     found = module.refusals()
     refused = {kind: {name for other, names, _ in found if other == kind for name in names.split(", ")} for kind in module.KINDS}
     assert {"ofd", "reviewkd", "crd"} <= refused["several teachers as one"]
@@ -141,7 +90,52 @@ def test_the_table_of_refusals_is_found_by_trying():
     assert refused["a transformer teaches a convolutional network"].isdisjoint(MUST)
     assert refused["no teacher"] >= {"kd", "ofd"}
     assert "vanilla" not in refused["no teacher"]
-    assert all(names_a_way_on(sentence) for _, _, sentence in found), found
+    assert all(matrix.names_a_way_on(sentence) for _, _, sentence in found), found
+
+
+def test_the_matrix_is_printed_or_written(capsys, tmp_path):
+    networks = ("--teachers", "resnet8", "--students", "tinycnn_8,resnet8", "--size", "32")
+    assert matrix.main([*networks, "--methods", "vanilla,kd,crd"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == "| teacher | student | vanilla | kd | crd |"
+    assert rows[2:4] == ["| resnet8 | tinycnn_8 | yes | yes | yes |", "| resnet8 | resnet8 | yes | yes | yes |"]
+    assert "All 6 train" in rows[5]
+    assert matrix.main([*networks, "--methods", "kd", "--output", str(tmp_path / "deep" / "matrix.md")]) == 0
+    written = (tmp_path / "deep" / "matrix.md").read_text(encoding="utf-8")
+    assert "| resnet8 | tinycnn_8 | yes |" in written
+    assert f"`python benchmarks/matrix.py {' '.join(networks)} --methods kd`" in written
+
+
+def test_refusals_stand_below_the_matrix():
+    found = {("a", student, method): "Not so." if method == "crd" else "" for student in "bc" for method in ("kd", "crd")}
+    rows = matrix.table(found).splitlines()
+    assert rows[2:4] == ["| a | b | yes | [1] |", "| a | c | yes | [1] |"]
+    assert rows[4:] == ["", "2 of 4 train (yes); the others:", "", "[1] Not so."]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (UnsupportedPairError("It cannot."), "StepError: kd refuses and names no way on: It cannot."),
+        (TapError("No such tap; use taps=."), "StepError: kd fails on this pair and is no refusal: TapError: No such tap"),
+        (ValueError("17"), "ValueError: 17"),
+    ],
+)
+def test_what_is_no_refusal_is_a_failure(capsys, monkeypatch, error, words):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(matrix, "build_distiller", fail)
+    assert matrix.main(["--teachers", "resnet8", "--students", "resnet8", "--methods", "kd", "--size", "32"]) == 1
+    streams = capsys.readouterr()
+    assert f"[1] FAILED: {words}" in streams.out
+    assert f"resnet8 -> resnet8, kd: FAILED: {words}" in streams.err
+
+
+def test_wrong_names_stop_the_matrix(capsys):
+    for wrong, hint in ((("--methods", "kdd"), "Did you mean 'kd'"), (("--teachers", "resnt8"), "Did you mean 'resnet8'")):
+        assert matrix.main(["--methods", "kd", *wrong]) == 2
+        assert hint in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- what the taps of some must be

@@ -339,6 +339,21 @@ def test_the_teacher_follows_to_and_is_shared_by_a_deep_copy():
     assert next(distiller.teacher_net.module.parameters()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("cast", [torch.nn.Module.double, torch.nn.Module.half])
+@pytest.mark.parametrize("name", ["fake", "kd+at"])
+def test_a_deep_copy_refuses_a_cast_of_the_teacher_that_it_shares(name, cast):
+    distiller = build() if name == "fake" else build(name)
+    before = distiller(IMAGES, TARGETS).loss
+    twin = copy.deepcopy(distiller)
+    twin.to("cpu").float()  # neither changes the type
+    with pytest.raises(OptionError, match=r"deep copy.*cast the original"):
+        cast(twin)
+    tensors = (*twin.parameters(), *twin.buffers(), *twin.teacher_net.module.parameters())
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
+    distiller.step.zero_()
+    assert torch.equal(distiller(IMAGES, TARGETS).loss, before)
+
+
 def test_an_export_is_a_copy_without_hooks():
     distiller = build()
     exported = distiller.export_student().eval()

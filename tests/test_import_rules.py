@@ -27,7 +27,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "distiller": FOUNDATION | NETWORK | DISTILLER,
     "composition": FOUNDATION | NETWORK | DISTILLER,
     "methods": FOUNDATION | NETWORK | DISTILLER | {"adapters"},
-    "build": FOUNDATION | NETWORK | DISTILLER | {"composition", "methods"},
+    "arguments": FOUNDATION | NETWORK,  # of build_distiller
+    "build": FOUNDATION | NETWORK | DISTILLER | {"arguments", "composition", "methods"},
     "functional": frozenset({"methods"}),
     "testing": FOUNDATION | NETWORK | DISTILLER | {"composition", "build"},
     "engine": FOUNDATION | {"taps", "distiller"},  # the teacher and the interface

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from distillzoo.stages import Probe, split_path
 from distillzoo.types import DataSpec
 
-__all__ = ["first_tensor", "is_activation", "is_linear_op", "reaches_by_addition", "same", "same_function", "watch"]
+__all__ = ["first_tensor", "is_linear_op", "reaches_by_addition", "same", "same_function", "watch"]
 
 _TOLERANCE = 1e-3  # relative, of single-precision sums over a layer's inputs
 _ULPS = 8  # a few additions err by fewer; 1 / sqrt(1 + 1e-5), a fresh norm's slope, by more than forty
@@ -59,31 +59,6 @@ def is_linear_op(module: nn.Module, shape: torch.Size) -> bool:
         return False
     dim = 1 if weight.ndim > 2 else fx.ndim - 1
     return fx.shape[dim] == len(rows) and same(changed, fx * rows.view(-1, *[1] * (fx.ndim - 1 - dim)))
-
-
-@torch.no_grad()
-def is_activation(module: nn.Module, shape: torch.Size) -> bool:
-    """Whether a leaf maps every element by itself, and not by an affine map.
-
-    Args:
-        module: The leaf.
-        shape: Shape of its input.
-    """
-    if list(module.children()):
-        return False
-    like = next(module.parameters(), torch.empty(0))
-    x, other = _draw(shape, like, 0).mul(4.0), _draw(shape, like, 1).mul(4.0)
-    kept = _draw(shape, like, 2) > 0
-    training = module.training
-    module.eval()
-    try:
-        alone, mixed = module(x.clone()), module(torch.where(kept, x, other))
-        middle, far = module((x + other) / 2), module(other.clone())
-    except (RuntimeError, TypeError, ValueError):
-        return False
-    finally:
-        module.train(training)
-    return alone.shape == shape and torch.equal(alone[kept], mixed[kept]) and not same(middle, (alone + far) / 2)
 
 
 def same_function(one: nn.Module, other: nn.Module, data: DataSpec) -> bool:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from distillzoo.dataflow.experiments import first_tensor, is_activation, is_linear_op
+from distillzoo.dataflow.experiments import first_tensor, is_linear_op
 from distillzoo.errors import TapError, UnsupportedPairError
-from distillzoo.stages import Probe, split_path
+from distillzoo.stages import Probe, is_activation, split_path
 from distillzoo.types import DataSpec, Stage
 
 __all__ = ["Flow"]

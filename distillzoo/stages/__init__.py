@@ -1,6 +1,6 @@
 """Find a network's stages and what its classifier reads: declared, from timm's ``feature_info``, a table, or a dry run."""
 
-from distillzoo.stages.activations import complete_stage
+from distillzoo.stages.activations import complete_stage, is_activation
 from distillzoo.stages.finders import classifier_input, declared_stages, find_stages, resolve_stages
 from distillzoo.stages.layouts import View, as_view
 from distillzoo.stages.probe import Call, DryRun, Probe, split_path
@@ -15,6 +15,7 @@ __all__ = [
     "complete_stage",
     "declared_stages",
     "find_stages",
+    "is_activation",
     "resolve_stages",
     "split_path",
 ]

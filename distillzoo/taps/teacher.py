@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from distillzoo.errors import OptionError, ShapeError
 from distillzoo.taps.tapped import Tapped
 from distillzoo.types import Batch, DataSpec, Stage, Trace
 
-__all__ = ["Ensemble", "OwnView", "Teacher", "as_teacher", "declared_data"]
+__all__ = ["Ensemble", "Loan", "OwnView", "Teacher", "as_teacher", "declared_data"]
 
 
 class Teacher(Tapped):
@@ -63,6 +63,38 @@ class Teacher(Tapped):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
+
+
+class Loan:
+    """Tells a deep copy of what holds a teacher from the one that was built with it: the copy has the teacher on loan.
+
+    Args:
+        borrowed: Whether it is on loan.
+    """
+
+    def __init__(self, *, borrowed: bool = False) -> None:
+        self.borrowed = borrowed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loan:
+        return Loan(borrowed=True)
+
+    def check_cast(self, teacher: Teacher, fn: Callable[[Tensor], Tensor]) -> None:
+        """Refuse to cast a teacher that is on loan to another floating type; its owner would train with it unknowingly.
+
+        Args:
+            teacher: The teacher.
+            fn: What is about to be applied to every tensor, as in ``Module._apply``.
+        Raises:
+            OptionError: If that changes a borrowed teacher's floating type.
+        """
+        like = next((p for p in teacher.module.parameters() if p.is_floating_point()), None) if self.borrowed else None
+        wanted = None if like is None else fn(like.detach().new_empty(0)).dtype
+        if like is not None and wanted != like.dtype:
+            raise OptionError(
+                f"This distiller is a deep copy, which shares its teacher, and a cast from {like.dtype} to {wanted} would change "
+                "the teacher of the original as well; cast the original, or build a distiller on networks that are cast: "
+                "build_distiller(name, student.double(), copy.deepcopy(teacher).double())."
+            )
 
 
 class Ensemble(nn.Module):

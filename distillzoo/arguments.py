@@ -1,0 +1,110 @@
+"""What :func:`distillzoo.build_distiller` is given: checked, and completed from the networks themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from distillzoo.errors import OptionError, ShapeError
+from distillzoo.registry import DISTILLERS
+from distillzoo.stages import Probe
+from distillzoo.taps import Tapped, Teacher
+from distillzoo.types import DataSpec
+
+__all__ = ["check_arguments", "check_classes", "measured_data"]
+
+_GUESSED_SIZES = ((224, 224), (32, 32))
+
+
+def check_arguments(name: Any, student: Any, teacher: Any, data: Any, input_size: Any) -> None:
+    """Refuse arguments of :func:`distillzoo.build_distiller` that are of a wrong type, each with what to pass instead.
+
+    Args:
+        name: What should be a name or a class.
+        student: What should be a network.
+        teacher: What should be a network, several, or none.
+        data: What should be a :class:`DataSpec` or none.
+        input_size: What should be pixels or none.
+    Raises:
+        OptionError: If one is something else.
+    """
+    if not isinstance(name, str | type):
+        raise OptionError(
+            f"A distiller is a name or a subclass of Distiller; got {name!r}; names: {', '.join(DISTILLERS.names())}."
+        )
+    if not isinstance(student, nn.Module):
+        raise OptionError(
+            f"The student must be a torch.nn.Module; got {student!r}; make one with create_model(name, num_classes=...)."
+        )
+    teachers = teacher if isinstance(teacher, Sequence) and not isinstance(teacher, str) else [teacher]
+    for one in teachers:
+        if not (one is None or isinstance(one, nn.Module | Teacher)):
+            raise OptionError(
+                f"A teacher must be a torch.nn.Module; got {one!r}; make one with create_model(name, num_classes=...)."
+            )
+    if data is not None and not isinstance(data, DataSpec):
+        raise OptionError(f"data must be a DataSpec; got {type(data).__name__}; write DataSpec(num_classes, (height, width)).")
+    sizes = input_size if isinstance(input_size, tuple) else (input_size, input_size)
+    if input_size is not None and (len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes)):
+        raise OptionError(f"input_size must be pixels, as 32 or (height, width); got {input_size!r}.")
+
+
+def measured_data(student: nn.Module, input_size: int | tuple[int, int] | None) -> DataSpec:
+    """Return what can be known of the images when only the networks are given.
+
+    Args:
+        student: The network that says, or is tried.
+        input_size: Height and width in pixels; ``None``: what the network declares, else 224, then 32 are tried.
+    Raises:
+        ShapeError: If it runs at none of the sizes.
+    """
+    config = getattr(student, "pretrained_cfg", None) or getattr(student, "default_cfg", None) or {}
+    declared = config.get("input_size") if isinstance(config, Mapping) else None
+    channels = next((m.in_channels for m in student.modules() if isinstance(m, nn.Conv2d)), 3)
+    if isinstance(input_size, int):
+        input_size = (input_size, input_size)
+    sizes = [input_size] if input_size else [*([tuple(declared[1:])] if declared else []), *_GUESSED_SIZES]
+    mean, std = config.get("mean"), config.get("std")
+    if not (mean and std and len(mean) == channels):
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    problems: list[str] = []
+    for height, width in dict.fromkeys(sizes):
+        probe = Probe(student, DataSpec(2, (height, width), tuple(mean), tuple(std)))
+        try:
+            with probe.evaluating():
+                classes = probe.width(student(probe.images), "student")
+        except (AssertionError, RuntimeError, ValueError) as error:
+            problems.append(f"at {height}x{width}: {(str(error) or type(error).__name__).splitlines()[0]}")
+            continue
+        return DataSpec(classes, (height, width), tuple(mean), tuple(std))
+    raise ShapeError(
+        f"The student {type(student).__name__} does not run ({'; '.join(problems)}); pass input_size= in pixels, or data=."
+    )
+
+
+def check_classes(student: Tapped, teacher: Teacher | None, num_classes: int | None) -> None:
+    """Refuse a pair of other classes than those asked for, or of different ones or floating types.
+
+    Args:
+        student: The student.
+        teacher: The teacher, if there is one.
+        num_classes: The number of classes that was asked for; ``None`` takes the student's.
+    Raises:
+        OptionError: If they disagree.
+    """
+    if num_classes is not None and student.num_classes != num_classes:
+        raise OptionError(
+            f"The student {type(student.module).__name__} has {student.num_classes} classes and num_classes is {num_classes}; "
+            "make them equal."
+        )
+    if teacher is not None:
+        types = [next((p.dtype for p in net.module.parameters() if p.is_floating_point()), None) for net in (student, teacher)]
+        if None not in types and types[0] != types[1]:
+            raise OptionError(f"The student computes in {types[0]} and the teacher in {types[1]}; cast one of them.")
+    if teacher is not None and teacher.num_classes != student.num_classes:
+        raise OptionError(
+            f"The teacher {type(teacher.module).__name__} has {teacher.num_classes} classes and the student "
+            f"{type(student.module).__name__} has {student.num_classes}; they must agree."
+        )
