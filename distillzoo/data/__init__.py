@@ -3,10 +3,12 @@
 from distillzoo.data import cifar100 as _cifar100  # noqa: F401  registers itself
 from distillzoo.data import digits as _digits  # noqa: F401
 from distillzoo.data import folder as _folder  # noqa: F401
+from distillzoo.data import imagenet100 as _imagenet100  # noqa: F401
 from distillzoo.data import packed as _packed  # noqa: F401
 from distillzoo.data import synthetic as _synthetic  # noqa: F401
 from distillzoo.data.arrays import Augment, Split, crop_flip, normalise
 from distillzoo.data.base import DATASETS, SPLITS, DataSet, ResidentDataSet, SplitName, load_dataset, training_spec
+from distillzoo.data.class_lists import CLASS_LISTS, ClassList, find_class_list, imagenet_rows, imagenet_wnids
 from distillzoo.data.crops import CropViews
 from distillzoo.data.folder import FolderDataSet, folder_from_tree
 from distillzoo.data.loader import ResidentLoader
@@ -15,9 +17,11 @@ from distillzoo.data.packing import pack_folder
 from distillzoo.data.tree import read_tree
 
 __all__ = [
+    "CLASS_LISTS",
     "DATASETS",
     "SPLITS",
     "Augment",
+    "ClassList",
     "CropViews",
     "DataSet",
     "FolderDataSet",
@@ -27,7 +31,10 @@ __all__ = [
     "Split",
     "SplitName",
     "crop_flip",
+    "find_class_list",
     "folder_from_tree",
+    "imagenet_rows",
+    "imagenet_wnids",
     "load_dataset",
     "normalise",
     "pack_folder",

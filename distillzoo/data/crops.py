@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from distillzoo.errors import OptionError
 from distillzoo.streams import Stream
 
-__all__ = ["CropViews", "centre_box", "resize_each", "resize_windows"]
+__all__ = ["CropViews", "centre_box", "make_views", "resize_each", "resize_windows"]
 
 _TRIES = 10  # as torchvision's RandomResizedCrop, which then takes the middle
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -119,6 +119,28 @@ class CropViews:
         cut_height = (width.double() / self.ratio[0]).round().long()
         cut_width = (height.double() * self.ratio[1]).round().long()
         return torch.stack([torch.where(narrow, cut_height, height), torch.where(wide, cut_width, width)], 1)
+
+
+def make_views(
+    crop: int, resize: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, source: str = "image files"
+) -> CropViews:
+    """Return how images are cropped, with defaults in place of what is ``None``.
+
+    Args:
+        crop: Height and width of the images in pixels.
+        resize: Short side of evaluation images in pixels; ``None`` is 8/7 of ``crop``.
+        mean: Mean of each channel; ``None`` is ImageNet's.
+        std: Standard deviation of each channel; ``None`` is ImageNet's.
+        source: What crops are cut from.
+    Raises:
+        OptionError: If a number is out of range.
+    """
+    if resize is None:
+        resize = round(crop * 8 / 7) if isinstance(crop, int) else crop
+    views = CropViews(crop=crop, resize=resize, source=source)
+    if mean is not None:
+        views = replace(views, mean=tuple(mean))
+    return views if std is None else replace(views, std=tuple(std))
 
 
 def centre_box(height: int, width: int, crop: int) -> tuple[int, int]:

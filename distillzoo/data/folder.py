@@ -11,13 +11,15 @@ from os import PathLike
 import torch
 
 from distillzoo.data.base import DATASETS, SplitName
-from distillzoo.data.crops import CropViews
+from distillzoo.data.class_lists import ClassList
+from distillzoo.data.crops import CropViews, make_views
 from distillzoo.data.file_loader import FileLoader, check_workers
+from distillzoo.data.packed import PackedDataSet, packed_set
 from distillzoo.data.tree import Listing, Tree, hold_out_rows, read_tree
 from distillzoo.errors import OptionError
 from distillzoo.types import DataSpec
 
-__all__ = ["FolderDataSet", "folder", "folder_from_tree", "make_views"]
+__all__ = ["FolderDataSet", "folder", "folder_from_tree"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,7 @@ class FolderDataSet:
         train: The training subset.
         evaluation: The images of the split.
         workers: Processes that read images; ``None`` takes as many as there are processors.
+        class_list: Classes of ImageNet that were chosen, where they were.
     """
 
     name: str
@@ -43,6 +46,7 @@ class FolderDataSet:
     train: Listing
     evaluation: Listing
     workers: int | None = None
+    class_list: ClassList | None = None
 
     @cached_property
     def spec(self) -> DataSpec:
@@ -112,14 +116,16 @@ def folder(
     std: Sequence[float] | None = None,
     workers: int | None = None,
     skip_bad: bool = False,
-) -> FolderDataSet:
+    packed: bool = False,
+    verify: bool = False,
+) -> FolderDataSet | PackedDataSet:
     """Load any folder of images.
 
     ``root`` holds ``train`` and ``val`` (or ``validation``, or ``test``; the first that is there), each with a folder for every
     class; or the class folders themselves, of which a fifth of every class is split off for evaluation, always the same images.
 
     Args:
-        root: The folder of the images.
+        root: The folder of the images; with ``packed`` one that ``python -m distillzoo pack`` has written from it.
         split: What networks are evaluated on; ``"heldout"`` holds a tenth of the training images out, of every class as many,
             always the same.
         crop: Height and width of the images in pixels.
@@ -128,17 +134,22 @@ def folder(
         std: Standard deviation of each channel; ``None`` is ImageNet's.
         workers: Processes that read images; ``None`` takes as many as there are processors. It does not change the images.
         skip_bad: Whether to leave out files that cannot be used, which are found by decoding all once; otherwise one is an error.
+            Packed images were looked at when they were packed.
+        packed: Whether ``root`` is a packed folder: another protocol, under the name ``folder_packed``.
+        verify: Whether to compare a packed folder's digests; see the data set ``packed``.
     Raises:
         OptionError: If no root is given or an option is out of range.
         DataError: If folders or files are not as they should be; the message names them.
     """
+    check_workers(workers)
+    if packed:
+        return packed_set(root, split=split, crop=crop, resize=resize, mean=mean, std=std, verify=verify, name="folder_packed")
     if root is None:
         raise OptionError(
             "The data set 'folder' needs a data root, none was given; name a folder with train/CLASS/IMAGE and val/CLASS/IMAGE, or "
             "with CLASS/IMAGE (--data-root DIR)."
         )
     views = make_views(crop, resize, mean, std)
-    check_workers(workers)
     tree = read_tree(root, skip_bad=skip_bad)
     return folder_from_tree(tree, views, split=split, workers=workers)
 
@@ -164,25 +175,3 @@ def folder_from_tree(
     if tree.skipped:
         title += f" without {len(tree.skipped):,} unusable file{'s' * (len(tree.skipped) > 1)}"
     return FolderDataSet(name, title, split, tree.classes, views, train, evaluation, workers)
-
-
-def make_views(
-    crop: int, resize: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, source: str = "image files"
-) -> CropViews:
-    """Return how images are cropped, with defaults in place of what is ``None``.
-
-    Args:
-        crop: Height and width of the images in pixels.
-        resize: Short side of evaluation images in pixels; ``None`` is 8/7 of ``crop``.
-        mean: Mean of each channel; ``None`` is ImageNet's.
-        std: Standard deviation of each channel; ``None`` is ImageNet's.
-        source: What crops are cut from.
-    Raises:
-        OptionError: If a number is out of range.
-    """
-    if resize is None:
-        resize = round(crop * 8 / 7) if isinstance(crop, int) else crop
-    views = CropViews(crop=crop, resize=resize, source=source)
-    if mean is not None:
-        views = replace(views, mean=tuple(mean))
-    return views if std is None else replace(views, std=tuple(std))

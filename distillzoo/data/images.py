@@ -87,7 +87,7 @@ def unusable(path: str, reason: str, others: int = 0) -> DataError:
     more = f" (and {others:,} other{'s' if others > 1 else ''})" if others else ""
     return DataError(
         f"The image file {path!r}{more} cannot be used: {reason}; {_ALLOWED}; repair or remove it, or leave all such files out "
-        "with skip_bad=True (on a command line: --skip-bad)."
+        "with skip_bad=True (on a command line: --skip-bad, of run_table.py --data.skip_bad true)."
     )
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,6 +94,7 @@ def pack_folder(
     target: str | os.PathLike[str],
     *,
     short_side: int = 256,
+    classes: Sequence[str] | None = None,
     skip_bad: bool = False,
     restart: bool = False,
     advance: Callable[[int, int], None] | None = None,
@@ -104,6 +105,7 @@ def pack_folder(
         source: The folder of images, as for the data set ``folder``.
         target: The folder to write; it must not exist. Until all is written it is called ``target.partial``.
         short_side: Short side of the packed images in pixels. Evaluation images are cut from them without another resize.
+        classes: Names of the class folders to pack; their order gives the labels. ``None`` packs all, sorted.
         skip_bad: Whether to leave out files that cannot be used; otherwise the first ends the work.
         restart: Whether to throw ``target.partial`` away, which an interrupted call has left.
         advance: Told how many images are done, of how many.
@@ -122,7 +124,7 @@ def pack_folder(
             f"{str(partial)!r} was left by a call that was interrupted or is still running; packing begins anew only on request; "
             "wait for the other call, or pass restart=True (--restart), which removes it."
         )
-    tree = read_tree(source, skip_bad=skip_bad)
+    tree = read_tree(source, classes=classes, skip_bad=skip_bad)
     try:
         if partial.exists():
             shutil.rmtree(partial)

@@ -18,7 +18,7 @@ from distillzoo.data.images import EXTENSIONS, inspect_image, unusable
 from distillzoo.data.splits import class_ranks
 from distillzoo.errors import DataError, OptionError, near_matches
 
-__all__ = ["EVALUATION_FOLDERS", "Listing", "Tree", "available_cpus", "hold_out_rows", "read_tree"]
+__all__ = ["EVALUATION_FOLDERS", "Listing", "Tree", "available_cpus", "find_parts", "hold_out_rows", "read_tree"]
 
 EVALUATION_FOLDERS = ("val", "validation", "test")
 """Folders beside ``train`` that evaluation images are looked for in, in this order."""
@@ -107,7 +107,7 @@ def read_tree(root: str | os.PathLike[str], *, classes: Sequence[str] | None = N
     """
     place = Path(root).expanduser()
     try:
-        parts = _parts(place)
+        parts = find_parts(place)
         names = [_class_folders(part) for part in parts]
         chosen = _choose(parts, names, classes)
         found = [_list_images(part, chosen) for part in parts]
@@ -173,14 +173,23 @@ def _split_off(listing: Listing, classes: Sequence[str]) -> Iterator[Listing]:
     return (listing.take(rows.nonzero().squeeze(1)) for rows in (stays, ~stays))
 
 
-def _parts(root: Path) -> list[Path]:
-    """Return the folders that hold class folders: training and evaluation, or one tree for both."""
+def find_parts(root: Path) -> list[Path]:
+    """Return the folders that hold class folders: training and evaluation, or one tree for both.
+
+    Args:
+        root: The data root.
+    Raises:
+        DataError: If they are not as they should be.
+    """
     if not root.exists():
         raise DataError(f"The data root {str(root)!r} does not exist; {_LAYOUT}; name the right folder.")
     if not root.is_dir():
         raise DataError(f"The data root {str(root)!r} is a file, not a folder; {_LAYOUT}; name the folder of the images.")
     if (root / "index.json").is_file():
-        raise DataError(f"The data root {str(root)!r} holds packed images, not image files; load it as the data set 'packed'.")
+        raise DataError(
+            f"The data root {str(root)!r} holds packed images, not image files; load it as the data set 'packed' (of run_table.py: "
+            "--packed)."
+        )
     there = [root / name for name in EVALUATION_FOLDERS if (root / name).is_dir()]
     if (root / "train").is_dir():
         if there:
