@@ -121,7 +121,9 @@ class _Command:
         options = self.options
         try:
             return self._load_images(recipe)
-        except DataError:
+        except (DataError, OptionError) as error:
+            if options.data_root is not None and isinstance(error, OptionError):
+                raise
             found = recorded_data(options.output, recipe) if options.action == "table-only" else None
             if found is None:
                 raise
@@ -144,8 +146,8 @@ class _Command:
         if action != "table-only":
             jobs = {cell.teacher.id: cell.teacher for cell in self.plan.cells}  # also one that no row reads: a wrong file is wrong
             for job in jobs.values():
-                if job.checkpoint is not None and self.teachers.find(job) is None:
-                    self.teachers.check_import(job)
+                if job.imported and self.teachers.find(job) is None:
+                    self.teachers.check_import(job, fetch=action != "dry-run")
         if groups and action != "table-only":
             groups, reasons = check_groups(groups, lenient=self.recipe.methods in (None, ("all",)))
             if action == "dry-run":

@@ -148,7 +148,7 @@ def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.devi
         device: Where it would run.
     """
     jobs = {group.teacher.id: group.teacher for group in groups if group.teacher is not None}
-    missing = [job for job in jobs.values() if job.checkpoint is None and teachers.find(job) is None]
+    missing = [job for job in jobs.values() if not job.imported and teachers.find(job) is None]
     entries = [(f"teacher {job.name}", 1, measure(teachers.task(job, device))) for job in missing]
     measured: dict[str, Cost] = {}
     for group in groups:

@@ -8,17 +8,22 @@ import torch
 from torch import nn
 
 from distillzoo.bench.plan import Group, Run
+from distillzoo.bench.views import view_spec
 from distillzoo.build import build_distiller
 from distillzoo.data import DataSet
 from distillzoo.distiller import Distiller
+from distillzoo.errors import ShapeError
 from distillzoo.models import create_model
 from distillzoo.streams import Stream, forked_generator
 from distillzoo.taps import Teacher
+from distillzoo.types import DataSpec
 
 __all__ = ["build_members", "count_parameters", "make_network", "make_teacher"]
 
 
-def make_network(name: str, data: DataSet, seed: int, role: str) -> nn.Module:
+def make_network(
+    name: str, data: DataSet, seed: int, role: str, *, num_classes: int | None = None, pretrained: bool = False
+) -> nn.Module:
     """Create a network on the CPU, initialised from the stream of its role: the same weights on every device.
 
     Args:
@@ -26,9 +31,11 @@ def make_network(name: str, data: DataSet, seed: int, role: str) -> nn.Module:
         data: Whose classes it tells apart.
         seed: Seed of the run.
         role: ``"student"`` or ``"teacher"``.
+        num_classes: Width of the logits; ``None`` takes the number of classes.
+        pretrained: Whether to fetch published weights.
     """
     with forked_generator(Stream.named(seed, role)):
-        return create_model(name, num_classes=data.spec.num_classes)
+        return create_model(name, num_classes=num_classes or data.spec.num_classes, pretrained=pretrained)
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -37,8 +44,29 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def make_teacher(group: Group, network: nn.Module) -> Teacher:
-    """Wrap a trained network as the teacher that the whole group shares."""
-    return Teacher(network, group.data.spec, stages=group.taps.get(group.pair.teacher))
+    """Wrap a trained network as the teacher that the whole group shares.
+
+    Args:
+        group: The group.
+        network: The network.
+    Raises:
+        ShapeError: If it does not run on images of this size.
+    """
+    view = {} if group.teacher is None else group.teacher.view
+    own = view_spec(view, group.data.spec)
+    try:
+        return Teacher(network, group.data.spec, stages=group.taps.get(group.pair.teacher), own_data=own)
+    except (AssertionError, RuntimeError) as error:
+        raise _wrong_size("teacher", group.pair.teacher, own or group.data.spec, error) from error
+
+
+def _wrong_size(role: str, name: str, data: DataSpec, error: Exception) -> ShapeError:
+    height, width = data.input_size
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ShapeError(
+        f"The {role} {name} does not run on images of {height}x{width} ({reason}); choose another network or another size of the "
+        "images (--data.crop)."
+    )
 
 
 def build_members(group: Group, teacher: Teacher | None, runs: tuple[Run, ...] | None = None) -> dict[str, Distiller]:
@@ -56,16 +84,19 @@ def build_members(group: Group, teacher: Teacher | None, runs: tuple[Run, ...] |
     for run in group.runs if runs is None else runs:
         options, weights = run.row.settings(group.pair)
         stages = group.taps.get(group.pair.student)
-        members[run.id] = build_distiller(
-            run.row.method,
-            copy.deepcopy(student),
-            teacher if run.teacher is not None else None,
-            data=group.data.spec,
-            weights=weights,
-            taps=None if stages is None else {"student": stages},
-            seed=group.seed,
-            **options,
-        )
+        try:
+            members[run.id] = build_distiller(
+                run.row.method,
+                copy.deepcopy(student),
+                teacher if run.teacher is not None else None,
+                data=group.data.spec,
+                weights=weights,
+                taps=None if stages is None else {"student": stages},
+                seed=group.seed,
+                **options,
+            )
+        except AssertionError as error:  # a transformer's of its size
+            raise _wrong_size("student", group.pair.student, group.data.spec, error) from error
     return members
 
 

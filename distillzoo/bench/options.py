@@ -15,18 +15,15 @@ from distillzoo.bench.recipe import Pair, Recipe, apply_override, find_recipe, l
 from distillzoo.bench.rows import merge_weights
 from distillzoo.bench.sweep import Axis, is_recipe_path, parse_axis
 from distillzoo.bench.yamls import parse_scalar
-from distillzoo.data import DATASETS
+from distillzoo.data import CLASS_LISTS, DATASETS
 from distillzoo.errors import OptionError, unknown_name
 
 __all__ = ["Options", "parse_options"]
 
 _LATER = {
     "report": "--report",
-    "packed": "--packed",
-    "class_list": "--class-list",
-    "allow_missing_classes": "--allow-missing-classes",
-    "teacher_head": "--teacher-head",
 }
+_HEADS = ("own", "slice")
 _DOTTED = re.compile(r"--([A-Za-z_][\w+]*(?:\.[\w+*]+)+)(?:=(.*))?", re.DOTALL)
 
 
@@ -94,10 +91,22 @@ def _parser() -> _Parser:
     add("--table", metavar="NAME", help="table file: which rows there are")
     add("--teacher", metavar="NAME", help="this network teaches in every pair")
     add("--teacher-checkpoint", metavar="FILE", help="the teacher's weights (.safetensors or .pt), in place of training it")
-    add("--teacher-head", metavar="slice", help=argparse.SUPPRESS)
-    add("--class-list", metavar="NAME|FILE", help=argparse.SUPPRESS)
-    add("--allow-missing-classes", action="store_true", help=argparse.SUPPRESS)
-    add("--packed", action="store_true", help=argparse.SUPPRESS)
+    add(
+        "--teacher-head",
+        metavar="slice|own",
+        help="slice: cut the head of a network of ImageNet's 1,000 classes to those of the data",
+    )
+    add(
+        "--class-list",
+        metavar="NAME|FILE",
+        help=f"classes of imagenet100: {', '.join(CLASS_LISTS)}, or a file of WordNet identifiers",
+    )
+    add(
+        "--allow-missing-classes",
+        action="store_true",
+        help="go on with a copy of ImageNet that lacks classes or images of the list",
+    )
+    add("--packed", action="store_true", help="the data root is what python -m distillzoo pack has written: another protocol")
     add("--report", action="store_true", help=argparse.SUPPRESS)
     add("--sweep", action="append", metavar="field=v1,v2", default=[], help="METHOD.option, METHOD.weights.TERM or a recipe field")
     add("--list", action="store_true", help="list methods, rows, recipes, data sets and networks")
@@ -226,6 +235,16 @@ def _recipe(given: argparse.Namespace, overrides: Sequence[tuple[str, str]], axe
         recipe = replace(recipe, pairs=tuple(dict.fromkeys(pairs)))
     if given.epochs is not None:
         recipe = apply_override(recipe, "student.epochs", _integer("--epochs", given.epochs, 1))
+    if given.teacher_head not in (None, *_HEADS):
+        raise OptionError(unknown_name("teacher head", given.teacher_head, _HEADS, listed="Allowed"))
+    chosen = {
+        "teacher_head": None if given.teacher_head == recipe.teacher_head else given.teacher_head,
+        "data.class_list": given.class_list,
+        "data.allow_missing_classes": given.allow_missing_classes or None,
+        "data.packed": given.packed or None,
+    }
+    for path, value in chosen.items():
+        recipe = recipe if value is None else apply_override(recipe, path, value)
     for path, text in overrides:
         recipe = _apply(recipe, path, parse_scalar(text))
     if given.split is not None:
@@ -240,7 +259,7 @@ def _recipe(given: argparse.Namespace, overrides: Sequence[tuple[str, str]], axe
 def _apply(recipe: Recipe, path: str, value: Any) -> Recipe:
     """Set a recipe field, or an option or weight of a method, by its dotted path."""
     first, _, rest = path.partition(".")
-    if is_recipe_path(path) or first in ("student_overrides", "teacher_overrides", "options", "weights", "taps"):
+    if is_recipe_path(path) or first in ("teacher_data", "student_overrides", "teacher_overrides", "options", "weights", "taps"):
         return apply_override(recipe, path, value)
     if rest != "weights" and not rest.startswith("weights."):
         return apply_override(recipe, f"options.{path}", value)

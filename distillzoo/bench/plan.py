@@ -10,6 +10,7 @@ from typing import Any
 from distillzoo.bench.recipe import Pair, Recipe
 from distillzoo.bench.records import canonical_json, content_id, file_sha256
 from distillzoo.bench.rows import Row, TableSpec, select_rows
+from distillzoo.bench.views import describe_view, published_weights
 from distillzoo.data import DataSet
 from distillzoo.engine import TrainConfig
 from distillzoo.errors import OptionError
@@ -35,6 +36,8 @@ class TeacherJob:
         config: How it is trained.
         data: What it is trained on.
         checkpoint: File that the user gave; it then is imported, not trained.
+        sliced: Whether its head is cut out of that of a network of ImageNet's 1,000 classes.
+        view: What an imported teacher wants to see, as :func:`~distillzoo.bench.views.describe_view` returns it.
     """
 
     id: str
@@ -44,6 +47,13 @@ class TeacherJob:
     config: TrainConfig
     data: DataSet = field(repr=False)
     checkpoint: Path | None = None
+    sliced: bool = False
+    view: dict[str, list[float]] = field(default_factory=dict, repr=False)
+
+    @property
+    def imported(self) -> bool:
+        """Whether its weights come from elsewhere: from a file, or from where the network comes from."""
+        return self.checkpoint is not None or self.sliced
 
 
 @dataclass(frozen=True)
@@ -198,6 +208,7 @@ def _config_identity(config: TrainConfig) -> dict[str, Any]:
 
 def _teacher_job(recipe: Recipe, name: str, data: DataSet, checkpoint: Path | None) -> TeacherJob:
     config = recipe.teacher_config(name)
+    view: dict[str, list[float]] = {}
     identity: dict[str, Any] = {
         "results_version": RESULTS_VERSION,
         "kind": "teacher",
@@ -207,12 +218,15 @@ def _teacher_job(recipe: Recipe, name: str, data: DataSet, checkpoint: Path | No
         "config": _config_identity(config),
         "storage": recipe.teacher_storage,
     }
-    if checkpoint is not None:
-        if not checkpoint.is_file():
-            raise OptionError(f"The teacher checkpoint {str(checkpoint)!r} does not exist; name a .safetensors or .pt file.")
+    if checkpoint is not None and not checkpoint.is_file():
+        raise OptionError(f"The teacher checkpoint {str(checkpoint)!r} does not exist; name a .safetensors or .pt file.")
+    sliced = recipe.teacher_head == "slice"
+    if checkpoint is not None or sliced:  # a teacher that is trained here sees what it was trained on
         identity = {key: identity[key] for key in ("results_version", "kind", "data", "network")}
-        identity["checkpoint"] = file_sha256(checkpoint)
-    return TeacherJob(content_id(identity), identity, name, recipe.teacher_seed, config, data, checkpoint)
+        source = {"weights": published_weights(name)} if checkpoint is None else {"checkpoint": file_sha256(checkpoint)}
+        view = describe_view(name, recipe.teacher_data)
+        identity |= {**source, **({"head": "slice"} if sliced else {}), **({"view": view} if view else {})}
+    return TeacherJob(content_id(identity), identity, name, recipe.teacher_seed, config, data, checkpoint, sliced, view)
 
 
 def _run(recipe: Recipe, row: Row, pair: Pair, seed: int, teacher: TeacherJob) -> Run:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distillzoo.bench.checks import check_keys, check_list, plain, refuse_objects, typed_fields
+from distillzoo.bench.views import check_teacher_data
 from distillzoo.bench.yamls import read_yaml
 from distillzoo.data import DATASETS
 from distillzoo.engine import TrainConfig
@@ -20,7 +21,7 @@ __all__ = ["Pair", "Recipe", "apply_override", "find_recipe", "list_recipes", "l
 
 _FOLDER = Path(__file__).with_name("recipes")
 _MOST_EPOCHS = 100_000  # more is a slip of the finger
-_LATER = ("folder", "imagenet100")  # data sets that design section 1 names and that are not built yet
+_NEUTRAL = ("data.workers", "data.verify", "data.skip_bad")  # how files are read, not what they give: no change of the protocol
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Recipe:
         seeds: Seeds of the students.
         teacher_seed: Seed of the teachers.
         teacher_storage: How a teacher's matrices are kept: every student sees the stored ones.
+        teacher_head: ``"own"``: the teacher's head is for the classes of the data; ``"slice"``: it is cut out of that of a network
+            of ImageNet's 1,000 classes, from a checkpoint or from where the network comes from.
+        teacher_data: What a teacher whose weights come from elsewhere wants to see of the same crop, where that is not what the
+            student sees: ``mean``, ``std``, ``input_size``, each in numbers or ``"declared"`` (what timm says of it).
         student_overrides: Training fields by student name or pattern: ``{"mobilenetv2": {"lr": 0.01}}``.
         teacher_overrides: The same by teacher name.
         options: Method options by row name, over the table's.
@@ -92,6 +97,8 @@ class Recipe:
     seeds: tuple[int, ...] = (0, 1, 2)
     teacher_seed: int = 0
     teacher_storage: Literal["float16", "float32"] = "float16"
+    teacher_head: Literal["own", "slice"] = "own"
+    teacher_data: dict[str, Any] = field(default_factory=dict)
     student_overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     teacher_overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -114,6 +121,7 @@ class Recipe:
         for seed in (*self.seeds, self.teacher_seed):
             if seed < 0:
                 raise OptionError(f"A seed must be an integer of at least 0; got {seed}; choose another.")
+        check_teacher_data(self.teacher_data)
         for pair in self.pairs:
             Pair.parse(pair)
         for who in ("student", "teacher"):
@@ -136,7 +144,7 @@ class Recipe:
 _CONFIG_FIELDS = tuple(item.name for item in fields(TrainConfig))
 _RECIPE_FIELDS = tuple(item.name for item in fields(Recipe))
 # Never handed to jsonargparse: where the type is Any it would import and construct what a mapping names.
-_FREE_FIELDS = ("data", "student_overrides", "teacher_overrides", "options", "weights")
+_FREE_FIELDS = ("data", "teacher_data", "student_overrides", "teacher_overrides", "options", "weights")
 
 
 def _overridden(config: TrainConfig, overrides: Mapping[str, Mapping[str, Any]], model: str) -> TrainConfig:
@@ -186,15 +194,13 @@ def find_recipe(name: str | None, dataset: str | None) -> Path:
         dataset: The data set; ``None`` takes digits, or what the name says.
     Raises:
         UnknownNameError: If there is no such recipe.
-        OptionError: If the file does not exist, or the data set is not built yet.
+        OptionError: If the file does not exist, or the recipe is another data set's.
     """
     if name is not None and (name.endswith((".yaml", ".yml")) or "/" in name):
         if not Path(name).is_file():
             raise OptionError(f"The recipe file {name!r} does not exist; name a YAML file, or one of {', '.join(list_recipes())}.")
         return Path(name)
     if dataset is not None and dataset not in DATASETS:
-        if dataset in _LATER:
-            raise OptionError(f"The data set {dataset!r} is not built yet; there are {', '.join(DATASETS.names())}.")
         raise UnknownNameError(unknown_name("data set", dataset, DATASETS.names()))
     wanted = dataset or "digits"
     names = list_recipes()
@@ -253,6 +259,7 @@ def apply_override(recipe: Recipe, path: str, value: Any) -> Recipe:
     for key in (first, *rest)[:-1]:
         place = place.setdefault(key, {})
     place[rest[-1] if rest else first] = value
-    if first in ("student", "teacher", "data", "options", "weights", "taps", "split"):
+    fields = ("student", "teacher", "data", "teacher_data", "teacher_head", "options", "weights", "taps", "split")
+    if first in fields and path not in _NEUTRAL:
         values["changed"] = [*dict.fromkeys([*values["changed"], path])]
     return make_recipe(values)

@@ -73,15 +73,16 @@ def recorded_data(root: Path, recipe: Recipe) -> RecordedDataSet | None:
         recipe: Whose data set and split are looked for.
     """
     found: dict[tuple[str, str], str] = {}
+    name = f"{recipe.dataset}_packed" if recipe.data.get("packed") else recipe.dataset  # another protocol
     for path in sorted(root.glob("*/result.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             data, description = result["identity"]["data"], str(result["data"])
-            if (data["name"], data["split"]) == (recipe.dataset, recipe.split):
+            if (data["name"], data["split"]) == (name, recipe.split):
                 found[str(data["digest"]), str(data["augment"])] = description
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # damaged: whoever reads the record as a record says so
     if len(found) != 1:
         return None
     (digest, augment), description = next(iter(found.items()))
-    return RecordedDataSet(recipe.dataset, recipe.split, digest, description, None if augment == "None" else _Written(augment))
+    return RecordedDataSet(name, recipe.split, digest, description, None if augment == "None" else _Written(augment))

@@ -12,13 +12,24 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from distillzoo.bench.records import Record, atomic
+from distillzoo.data import DataSet
 from distillzoo.engine import EpochReport, MemberResult, Observer, StepReport, Trainer
 
-__all__ = ["GroupRecorder", "metrics_line", "save_weights"]
+__all__ = ["GroupRecorder", "describe_classes", "metrics_line", "save_weights"]
 
 _SAVE_SECONDS = 20.0  # between two checkpoints of a member: epochs of digits take less than a second
 
 Finish = Callable[[str, MemberResult, nn.Module | None], None]
+
+
+def describe_classes(data: DataSet) -> dict[str, Any]:
+    """Return which classes a data set chose and in which order, where it chose some: what the logits of its networks mean.
+
+    Args:
+        data: The data set.
+    """
+    chosen = getattr(data, "class_list", None)
+    return {} if chosen is None else {"class_list": chosen.describe()}
 
 
 class GroupRecorder(Observer):

@@ -15,7 +15,7 @@ from distillzoo.bench.environment import describe_environment
 from distillzoo.bench.networks import build_members, count_parameters, make_network, make_teacher
 from distillzoo.bench.plan import Group, Plan, Run, TeacherJob
 from distillzoo.bench.progress import Console, GroupProgress, Meter
-from distillzoo.bench.recording import metrics_line, save_weights
+from distillzoo.bench.recording import describe_classes, metrics_line, save_weights
 from distillzoo.bench.records import RecordStore
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.bench.training import forward_cost, student_task
@@ -205,6 +205,7 @@ class SerialRunner:
                 "parameters": None if student is None else count_parameters(student),
                 "teacher": teacher if run.teacher is not None else None,
                 "data": run.data.description,
+                **describe_classes(run.data),
             }
         )
 
@@ -226,7 +227,7 @@ class _Costs:
         return -(-(data.spec.num_samples or 1) // config.batch_size) * config.epochs
 
     def teacher(self, job: TeacherJob) -> float:
-        if job.checkpoint is not None:
+        if job.imported:
             return 0.0
         return self.steps(job.data, job.config) * self.forward(job.name, job.data, job.config) * (1 + _BACKWARD)
 

@@ -15,14 +15,16 @@ from distillzoo.bench.environment import describe_environment
 from distillzoo.bench.networks import count_parameters, make_network
 from distillzoo.bench.plan import TeacherJob
 from distillzoo.bench.progress import GroupProgress
-from distillzoo.bench.recording import metrics_line, save_weights
+from distillzoo.bench.recording import describe_classes, metrics_line, save_weights
 from distillzoo.bench.records import Record, RecordStore, file_sha256
 from distillzoo.bench.training import GroupTask
+from distillzoo.bench.views import as_view
 from distillzoo.build import build_distiller
+from distillzoo.data import imagenet_rows, imagenet_wnids
 from distillzoo.distiller import Distiller
-from distillzoo.engine import MemberResult, evaluate
+from distillzoo.engine import MemberResult, evaluate_all
 from distillzoo.errors import OptionError, RecordError
-from distillzoo.models import load_weights
+from distillzoo.models import load_weights, slice_head
 
 __all__ = ["StoredTeacher", "TeacherStore"]
 
@@ -39,6 +41,7 @@ class StoredTeacher:
         path: File of its weights.
         accuracy: Top-1 of the stored weights on the evaluation images, per cent.
         parameters: Number of its parameters.
+        sliced: Whether its head was cut out of a larger one.
     """
 
     id: str
@@ -46,10 +49,12 @@ class StoredTeacher:
     path: Path
     accuracy: float
     parameters: int
+    sliced: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return what a student's record says of its teacher."""
-        return {"id": self.id, "name": self.name, "accuracy": self.accuracy, "parameters": self.parameters}
+        sliced = {"head": "slice"} if self.sliced else {}
+        return {"id": self.id, "name": self.name, "accuracy": self.accuracy, "parameters": self.parameters, **sliced}
 
 
 class TeacherStore:
@@ -95,7 +100,8 @@ class TeacherStore:
             raise RecordError(f"{_WEIGHTS} is missing")
         if file_sha256(path) != manifest["sha256"]:
             raise RecordError(f"{_WEIGHTS} is not the file that was written")
-        return StoredTeacher(record.id, manifest["network"], path, manifest["accuracy"], manifest["parameters"])
+        sliced = manifest["identity"].get("head") == "slice"
+        return StoredTeacher(record.id, manifest["network"], path, manifest["accuracy"], manifest["parameters"], sliced)
 
     def load(self, job: TeacherJob) -> nn.Module:
         """Return the stored teacher's network."""
@@ -104,24 +110,40 @@ class TeacherStore:
             raise RecordError(f"The teacher {job.name} ({job.id}) is not stored.")
         return load_weights(make_network(job.name, job.data, job.seed, "teacher"), found.path)
 
-    def check_import(self, job: TeacherJob) -> None:
-        """Refuse a checkpoint that does not fit, before anything is written.
+    def check_import(self, job: TeacherJob, *, fetch: bool = True) -> None:
+        """Refuse weights that do not fit, before anything is written.
 
+        Args:
+            job: A teacher whose weights come from elsewhere.
+            fetch: Whether published weights may be fetched.
         Raises:
-            OptionError: If the file is of another network or another number of classes.
+            OptionError: If the file is of another network or another number of classes, or weights cannot be had.
         """
-        self._imported(job)
+        if fetch or job.checkpoint is not None:
+            self._imported(job)
+        elif job.sliced:
+            imagenet_rows(job.data.class_names)
 
     @staticmethod
     def _imported(job: TeacherJob) -> nn.Module:
-        network = make_network(job.name, job.data, job.seed, "teacher")
+        rows = imagenet_rows(job.data.class_names) if job.sliced else None
+        width = job.data.spec.num_classes if rows is None else len(imagenet_wnids())
         try:
-            load_weights(network, str(job.checkpoint))
+            network = make_network(job.name, job.data, job.seed, "teacher", num_classes=width, pretrained=job.checkpoint is None)
+            if job.checkpoint is not None:
+                load_weights(network, str(job.checkpoint))
         except OptionError as error:
             reason = textwrap.shorten(str(error).rstrip("."), 240, placeholder=" ...")
+            other = " (--teacher-head own takes one with a head for the classes of the data)" if job.sliced else ""
+            if job.checkpoint is None:
+                raise OptionError(
+                    f"--teacher-head slice: {reason}; give a file of a {job.name} with {width} classes with --teacher-checkpoint."
+                ) from error
             raise OptionError(
-                f"--teacher-checkpoint: {reason}; it must hold weights of a {job.name} with {job.data.spec.num_classes} classes."
+                f"--teacher-checkpoint: {reason}; it must hold weights of a {job.name} with {width} classes{other}."
             ) from error
+        if rows is not None:
+            slice_head(network, rows, width)
         broken = [name for name, value in network.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
         if broken:
             raise OptionError(
@@ -139,7 +161,7 @@ class TeacherStore:
             progress: Told of every step.
         """
         record = self.store.teacher(job.id)
-        if job.checkpoint is not None:
+        if job.imported:
             record.begin({"method": "imported", **job.identity}, describe_environment(device))
             self._finish(job, record, self._imported(job), device, {}, "float32")
             return self.find(job)
@@ -184,12 +206,15 @@ class TeacherStore:
         path = record.path / _WEIGHTS
         stored = load_weights(make_network(job.name, job.data, job.seed, "teacher"), path).to(device)
         loader = job.data.eval_loader(job.config.eval_batch_size, device=device)
-        accuracy, loss = evaluate(stored, loader, job.config, device)
+        view = as_view(job.view, job.data.spec) or nn.Identity()
+        stored.eval()
+        accuracy, loss = evaluate_all({"it": lambda images: stored(view(images))}, loader, job.config, device)["it"]
         record.finish(
             {
                 "identity": job.identity,
                 "network": job.name,
                 "data": job.data.description,
+                **describe_classes(job.data),
                 "accuracy": accuracy,
                 "loss": loss,
                 "parameters": count_parameters(stored),
