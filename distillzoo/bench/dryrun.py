@@ -8,11 +8,12 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from distillzoo.bench.costs import Cost, EnoughError, count_flops, extrapolated
 from distillzoo.bench.networks import make_network, make_teacher
 from distillzoo.bench.plan import Group
 from distillzoo.bench.render import as_text
@@ -24,10 +25,7 @@ from distillzoo.types import Batch, DataSpec, Loader
 __all__ = ["Cost", "estimate", "measure"]
 
 _WARM_UP, _STEPS, _EVAL_BATCHES = 2, 10, 3
-
-
-class _EnoughError(BaseException):
-    """Ends a measurement; no ``except Exception`` on the way may take it for a failure."""
+_MOST_FLOPS = 2e12  # of a step that a CPU is asked for: some minute's work of a core, and memory to match
 
 
 class _Clock(Observer):
@@ -42,28 +40,11 @@ class _Clock(Observer):
         if len(self.times) > _WARM_UP + _STEPS:
             steps = [after - before for before, after in itertools.pairwise(self.times[_WARM_UP:])]
             self.step_seconds = sum(steps) / len(steps)
-            raise _EnoughError
+            raise EnoughError
 
     def on_epoch(self, report: EpochReport) -> None:  # an epoch shorter than the measurement
         self.step_seconds = report.seconds / max(1, len(self.times))
-        raise _EnoughError
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a group costs from its beginning to its end.
-
-    Args:
-        steps: Optimiser steps of every member, first phases included.
-        step_seconds: Measured seconds of a step of the whole group.
-        minutes: Predicted minutes with evaluation.
-        memory: Peak memory of the process (CPU) or of the device, in MiB.
-    """
-
-    steps: int
-    step_seconds: float
-    minutes: float
-    memory: float
+        raise EnoughError
 
 
 class _FirstBatches:
@@ -85,11 +66,19 @@ class _FirstBatches:
 
 
 def measure(task: GroupTask) -> Cost:
-    """Run ten real steps of a group's main phase and a few batches of its evaluation, and extrapolate.
+    """Count a step's arithmetic, and measure it; on a CPU, one that is too large is told from small batches.
 
     Args:
         task: The group; it writes nothing.
     """
+    flops = count_flops(task)
+    if task.device.type == "cpu" and flops > _MOST_FLOPS:
+        return replace(extrapolated(task, _measure), flops=flops)
+    return replace(_measure(task), flops=flops)
+
+
+def _measure(task: GroupTask) -> Cost:
+    """Run ten real steps of a group's main phase and a few batches of its evaluation, and extrapolate."""
     clock = _Clock()
     _reset_peak(task.device)
     trainer = task.trainer(clock)
@@ -97,14 +86,15 @@ def measure(task: GroupTask) -> Cost:
     for member in trainer.members.values():
         while member.phase_number < len(member.phases) - 1:
             member.finish_phase()
-    with contextlib.suppress(_EnoughError):
+    with contextlib.suppress(EnoughError):
         trainer.run()
     batch_seconds = _evaluation_seconds(trainer, task)
     memory = _peak(task.device)
     epochs, steps = task.config.epochs, len(trainer.train)
     alone = clock.step_seconds / len(trainer.members)
-    seconds = epochs * (steps * clock.step_seconds + len(trainer.evaluation) * batch_seconds) + sum(first_epochs) * steps * alone
-    return Cost(steps * (epochs + max(first_epochs)), clock.step_seconds, seconds / 60, memory)
+    evaluation = epochs * len(trainer.evaluation) * batch_seconds
+    seconds = epochs * steps * clock.step_seconds + evaluation + sum(first_epochs) * steps * alone
+    return Cost(steps * (epochs + max(first_epochs)), clock.step_seconds, seconds / 60, memory, evaluation / 60)
 
 
 def _evaluation_seconds(trainer: Trainer, task: GroupTask) -> float:
@@ -158,14 +148,30 @@ def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.devi
             measured[key] = _group_cost(group, device)
         entries.append((f"{group.pair} seed {group.seed}", len(group.runs), measured[key]))
     lines = [
-        [name, str(size), str(cost.steps), f"{1000 * cost.step_seconds:.1f}", f"{cost.minutes:.1f}", f"{cost.memory:.0f}"]
+        [
+            name,
+            str(size),
+            str(cost.steps),
+            f"{1000 * cost.step_seconds:.1f}",
+            f"{cost.minutes:.1f}",
+            f"{cost.memory:.0f}",
+            f"{cost.flops / 1e12:.3g}",
+            f"{cost.minutes / 60:.2f}",
+        ]
         for name, size, cost in entries
     ]
     total = sum(cost.minutes for _, _, cost in entries)
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    table = as_text(["group", "members", "steps", "ms/step", "minutes", "peak MiB"], lines)
+    table = as_text(["group", "members", "steps", "ms/step", "minutes", "peak MiB", "TFLOP/step", "hours"], lines)
     how = f"measured over {_STEPS} steps of every kind of group; nothing was written"
-    return f"{table}\n\nIn all {total:.1f} minutes on {where}, {how}."
+    tried = sorted({size for _, _, cost in entries for size in cost.tried})
+    small = (
+        f" Steps above {_MOST_FLOPS / 1e12:g} TFLOP: time and memory are told from batches of {tried[0]} and {tried[1]}."
+        if tried
+        else ""
+    )
+    data = "".join(f"\n{text}." for text in dict.fromkeys(group.data.description for group in groups))
+    return f"{table}\n\nIn all {total:.1f} minutes on {where}, {how}.{small}{data}"
 
 
 def _group_cost(group: Group, device: torch.device) -> Cost:

@@ -1,0 +1,80 @@
+"""Counted arithmetic, and what a batch that is too large to try is said to cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from distillzoo.bench import dryrun
+from distillzoo.bench.costs import Cost, count_flops, extrapolated, with_batch
+from distillzoo.bench.networks import make_network, make_teacher
+from distillzoo.bench.plan import make_plan
+from distillzoo.bench.recipe import Recipe
+from distillzoo.bench.rows import load_table
+from distillzoo.bench.training import GroupTask, student_task
+from distillzoo.data import DataSet
+from tests.bench.conftest import Call
+
+
+def task_of(recipe: Recipe, load: Callable[[Recipe], DataSet]) -> GroupTask:
+    group = make_plan(recipe, load_table("digits"), load).groups()[0]
+    teacher = make_teacher(group, make_network(group.pair.teacher, group.data, 0, "teacher"))
+    return student_task(group, teacher, torch.device("cpu"), {})
+
+
+def flops(action: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        action()
+    return int(counter.get_total_flops())
+
+
+def test_a_step_is_one_pass_of_the_teacher_and_each_members_own(tiny: Recipe, tiny_data: Callable[[Recipe], DataSet]) -> None:
+    task = task_of(tiny, tiny_data)
+    images = torch.zeros(12, 3, 8, 8)
+    teacher, student = (make_network(name, task.data, 0, "teacher").eval() for name in ("tinycnn_32", "tinycnn_8"))
+    with torch.no_grad():
+        once = flops(lambda: teacher(images))
+    alone = flops(lambda: student(images).sum().backward())
+    assert count_flops(task) == once + 2 * alone, "vanilla and kd: two students, one pass of the teacher"
+    assert count_flops(with_batch(task, 24)) == 2 * count_flops(task)
+
+
+def test_straight_lines_are_told_from_two_points(tiny: Recipe, tiny_data: Callable[[Recipe], DataSet]) -> None:
+    task = task_of(replace(tiny, student=replace(tiny.student, batch_size=256)), tiny_data)
+    samples, epochs = 24, tiny.student.epochs
+
+    def measure(small: GroupTask) -> Cost:
+        size = small.config.batch_size
+        step, evaluation = 0.5 + 0.25 * size, epochs * 12 * 0.125
+        steps = epochs * -(-samples // size)
+        return Cost(steps, step, (steps * step + evaluation) / 60, 100 + 10 * size, evaluation / 60)
+
+    cost = extrapolated(task, measure)
+    assert (cost.steps, cost.step_seconds, cost.memory, cost.tried) == (epochs, 64.5, 2660, (4, 8))
+    images = epochs * samples
+    assert cost.minutes == pytest.approx((images * 64.5 / 256 + epochs * 12 * 0.125) / 60)
+
+
+@pytest.mark.parametrize("noise", [0.1, 10.0])
+def test_noise_makes_nothing_negative(noise: float, tiny: Recipe, tiny_data: Callable[[Recipe], DataSet]) -> None:
+    task = task_of(replace(tiny, student=replace(tiny.student, batch_size=256)), tiny_data)
+    found = iter([Cost(6, 1.0, 1.0, 100.0), Cost(3, noise, 1.0, 50.0)])
+    cost = extrapolated(task, lambda _: next(found))
+    assert cost.step_seconds >= noise
+    assert cost.memory == 50.0
+
+
+def test_a_large_step_is_not_tried_on_a_cpu(
+    call: Call, recipe_file: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dryrun, "_MOST_FLOPS", 1e3)
+    outcome = call("--recipe", recipe_file, "--dry-run", "--seeds", "0", "--student.batch_size", "20")
+    assert outcome.code == 0, outcome.err
+    assert "time and memory are told from batches of 4 and 8" in outcome.out
+    lines = [line.split() for line in outcome.out.splitlines()]
+    assert lines[3][:5] == ["tinycnn_32:tinycnn_8", "seed", "0", "2", "6"], "3 epochs of 2 steps of up to 20 images"
+    assert outcome.out.rstrip().endswith("synthetic, 24 training and 12 test images.")
