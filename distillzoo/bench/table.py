@@ -57,11 +57,18 @@ class Block:
         pair: The networks.
         lines: The rows.
         caption: What must be known to read them.
+        cut: Accuracy of a teacher whose head was cut to the classes, measured before any student trained.
     """
 
     pair: Pair
     lines: tuple[Line, ...]
     caption: str
+    cut: float | None = None
+
+    @property
+    def teacher(self) -> str:
+        """Name of the teacher, as the heading has it."""
+        return self.pair.teacher + ("" if self.cut is None else f" ({self.cut:.2f} %, head cut to these classes)")
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class Table:
         """Return the table for a terminal."""
         parts = []
         for block in self.blocks:
-            parts.append(f"{self.title}: {block.pair.teacher} -> {block.pair.student}\n\n{as_text(*self._cells(block))}")
+            parts.append(f"{self.title}: {block.teacher} -> {block.pair.student}\n\n{as_text(*self._cells(block))}")
             parts.append(block.caption)
         return "\n\n".join(parts)
 
@@ -112,7 +119,7 @@ class Table:
         """Return the table as Markdown."""
         parts = [f"## {self.title}"]
         for block in self.blocks:
-            parts += [f"### {block.pair.teacher} → {block.pair.student}", as_markdown(*self._cells(block)), block.caption]
+            parts += [f"### {block.teacher} → {block.pair.student}", as_markdown(*self._cells(block)), block.caption]
         return "\n\n".join(parts) + "\n"
 
     def csv(self) -> str:
@@ -169,7 +176,9 @@ def make_table(plan: Plan, results: Results, teacher_info: TeacherInfo, reasons:
                     _missing(own, results, reasons or {}),
                 )
             )
-        blocks.append(Block(pair, tuple(lines), _caption(plan, cells, results, teacher_info, reasons or {})))
+        info = teacher_info(cells[0].teacher) or {}
+        cut = info["accuracy"] if info.get("head") == "slice" else None
+        blocks.append(Block(pair, tuple(lines), _caption(plan, cells, results, teacher_info, reasons or {}), cut))
     heading = plan.table.title if plan.table.name == plan.recipe.dataset else plan.recipe.dataset
     return Table(heading, title, plan.table.baseline, tuple(blocks))
 

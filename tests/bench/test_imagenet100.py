@@ -97,6 +97,9 @@ def test_a_sliced_teacher_is_the_whole_one_on_these_classes(places: Path, call: 
     line = next(line for line in outcome.out.splitlines() if line.startswith("Teacher"))
     assert f"{stored['accuracy']:.2f} % on ImageNet, class list three.txt" in line
     assert outcome.out.index(line) < outcome.out.index("seed 0: KD"), "measured first"
+    heading = f"timm/test_resnet ({stored['accuracy']:.2f} %, head cut to these classes) -> tinycnn_8"
+    assert heading in outcome.out
+    assert heading.replace("->", "→") in (tmp_path / "tiny.md").read_text()
 
 
 def test_the_same_classes_are_the_same_run_whatever_the_copy_holds_besides(places: Path, call: Call, tmp_path: Path) -> None:
