@@ -181,6 +181,7 @@ def test_terms_follow_from_the_options():
     assert terms(places="logits") == ["logits", "diffusion"]
     distiller = oracles.tiny_pair("diffkd")
     assert [weight.final() for weight in distiller.weights.values()] == [1.0] * 5
+    assert [weight(Progress(0, 100, 0, 10)) for weight in distiller.weights.values()] == [1.0] * 5  # no warm-up by default
     slow = oracles.tiny_pair("diffkd", weights="warmup", places="logits").weights
     assert slow["logits"] == LinearWarmup(1.0, 20)
     assert slow["diffusion"].final() == slow["diffusion"](Progress(0, 1, 0, 1)) == 1.0

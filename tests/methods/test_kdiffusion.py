@@ -413,20 +413,6 @@ def test_the_export_of_all_layers_of_networks_that_are_not_ours(student, dtype, 
     check_export(student, size=96, dtype=dtype, tolerance=tolerance, layers="all", count=2)
 
 
-@pytest.mark.parametrize("teacher", ["timm/swin_tiny_patch4_window7_224", "timm/vit_small_patch16_224"])
-def test_teachers_of_tokens_guide_through_their_own_norm(teacher):
-    torch.manual_seed(1)
-    network = create_model(teacher, num_classes=5, img_size=64)
-    distiller = build("resnet8", network, size=64, guide=True)
-    assert distiller.student_net.shapes["stage3"][1:] == (16, 16)
-    out = distiller(*batch(64, 2))
-    out.loss.backward()
-    assert torch.isfinite(out.loss)
-    assert out.terms["guide"] > 0
-    norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm)]
-    assert all(parameter.grad is None for norm in norms for parameter in norm.parameters())
-
-
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
