@@ -11,7 +11,6 @@ records; the rest are the options of ``run_table.py`` that made them. With ``--w
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import re
@@ -19,7 +18,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from distillzoo.bench.cli import main as run_table
+from distillzoo.bench.cli import Command
+from distillzoo.bench.options import parse_options
+from distillzoo.bench.progress import Console
+from distillzoo.bench.table import Table
+from distillzoo.errors import DistillZooError
 
 _HERE = Path(__file__).resolve().parent
 _README = _HERE.parent / "README.rst"
@@ -41,24 +44,34 @@ def copy_records(source: Path, name: str, with_teachers: bool) -> tuple[Path, in
     return target, len(finished)
 
 
-def table_text(target: Path, options: list[str]) -> str:
-    """Return what ``run_table.py --table-only`` prints from the copied records."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        code = run_table([*options, "--table-only", "--output", str(target)], teacher_folders=[_HERE / "teachers"])
-    if code:
-        raise SystemExit(code)
-    lines = [line for line in out.getvalue().splitlines() if not line.startswith("Written:")]
-    return "\n".join(lines).strip()
+def make_view(target: Path, options: list[str]) -> Table:
+    """Return the table that ``run_table.py --table-only`` makes from the copied records."""
+    try:
+        command = Command(
+            parse_options([*options, "--table-only", "--output", str(target)]), [_HERE / "teachers"], Console(io.StringIO())
+        )
+        command.run()
+    except DistillZooError as error:
+        raise SystemExit(f"publish.py: {error}") from error
+    if not isinstance(command.view, Table):
+        raise SystemExit("publish.py: a sweep has no section; leave --sweep out.")
+    return command.view
 
 
-def write_section(name: str, options: list[str], text: str) -> None:
+def row_commands(view: Table) -> str:
+    """Say how one row alone is run: the same command with its name."""
+    rows = {line.row.name: line.row.title for block in view.blocks for line in block.lines}
+    return f"One row alone is the same command with its name: {', '.join(f'``--methods {n}`` ({t})' for n, t in rows.items())}."
+
+
+def write_section(name: str, options: list[str], view: Table) -> None:
     """Put the table and its command between the section's marks in README.rst."""
+    text = view.text()
     shown = ["DIR" if before == "--data-root" else word for before, word in zip(["", *options], options, strict=False)]
     table, _, caption = text.rpartition("\n\n")
     block = "\n".join(f"    {line}".rstrip() for line in table.splitlines())
     section = f"``python benchmarks/run_table.py {' '.join(shown)}``".replace(" ``", "``")
-    body = f"\n{section}::\n\n{block}\n\n{caption}\n\n"
+    body = f"\n{section}::\n\n{block}\n\n{caption.replace('*', chr(92) + '*')}\n\n{row_commands(view)}\n\n"
     readme = _README.read_text(encoding="utf-8")
     marks = re.compile(rf"(\.\. table: {re.escape(name)} begin\n).*?(\.\. table: {re.escape(name)} end\n)", re.DOTALL)
     if not marks.search(readme):
@@ -73,7 +86,7 @@ def main(arguments: list[str]) -> None:
     with_teachers = "--with-teachers" in options
     options = [option for option in options if option != "--with-teachers"]
     target, count = copy_records(Path(source), name, with_teachers)
-    write_section(name, options, table_text(target, options))
+    write_section(name, options, make_view(target, options))
     print(f"{count} records in {target.relative_to(_HERE.parent)}; README.rst has its table.")
 
 

@@ -128,6 +128,9 @@ def _split_options(methods: Mapping[str, type[Distiller]], options: Mapping[str,
         for name in given[member]:
             if name not in allowed_options:
                 raise OptionError(unknown_name(f"option of {member}", name, allowed_options, listed="Its options are"))
+            value, default = given[member][name], allowed_options[name]
+            if isinstance(value, bool) and isinstance(default, int | float) and not isinstance(default, bool):
+                raise OptionError(f"The option {name} of {member} must be a number; got {value!r}; the default is {default!r}.")
     return given
 
 

@@ -34,8 +34,8 @@ Weight = float | int | Schedule
 
 
 def _check(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise OptionError(f"{name} must be a finite number; got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise OptionError(f"{name} must be a finite number of at least 0; got {value!r}; 0 leaves the term out.")
 
 
 def _check_epochs(value: int) -> None:

@@ -12,7 +12,7 @@ author = "The distillzoo authors"
 copyright = author
 version = release = distillzoo.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "method_pages", "refusals"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "method_pages", "refusals", "reproduction"]
 exclude_patterns = ["_build", "_ext"]
 highlight_language = "none"  # blocks name their language; the others are output
 

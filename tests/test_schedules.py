@@ -35,7 +35,7 @@ def test_a_cosine_goes_from_start_to_end():
     assert [fall(at(e)) for e in range(11)] == sorted([fall(at(e)) for e in range(11)], reverse=True)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, "1", None, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "1", None, True, -1, -0.5])
 def test_a_weight_that_is_no_finite_number_is_refused(bad):
     with pytest.raises(OptionError, match="finite number"):
         as_schedule(bad, "kd")

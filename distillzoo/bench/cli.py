@@ -5,20 +5,21 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distillzoo.bench.networks import pick_device
+from distillzoo.bench.lock import folder_lock
+from distillzoo.bench.networks import check_networks, pick_device
 from distillzoo.bench.options import Options, parse_options
 from distillzoo.bench.plan import Plan, make_plan
 from distillzoo.bench.progress import Console
-from distillzoo.bench.recipe import Pair, Recipe, list_recipes
+from distillzoo.bench.recipe import Recipe, list_recipes
 from distillzoo.bench.recorded import recorded_data
-from distillzoo.bench.records import RecordStore
+from distillzoo.bench.records import RecordStore, canonical_json
 from distillzoo.bench.rows import list_tables, load_table, select_rows
 from distillzoo.bench.runner import SerialRunner, check_groups
 from distillzoo.bench.sweep import SweepView, sweep_points, sweep_rows
@@ -26,10 +27,10 @@ from distillzoo.bench.table import Table, make_table
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.build import list_distillers
 from distillzoo.data import DATASETS, DataSet, load_dataset
-from distillzoo.errors import DataError, DistillZooError, OptionError, unknown_name
-from distillzoo.models import MODELS, create_model
+from distillzoo.errors import DataError, DistillZooError, OptionError
+from distillzoo.models import MODELS
 
-__all__ = ["main"]
+__all__ = ["Command", "main"]
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -63,8 +64,8 @@ def _dispatch(options: Options, teacher_folders: Sequence[Path], console: Consol
         return DONE
     if options.action == "smoke":
         with tempfile.TemporaryDirectory(prefix="distillzoo-smoke-") as folder:
-            return _Command(replace(options, output=Path(folder)), (), console).run()
-    return _Command(options, teacher_folders, console).run()
+            return Command(replace(options, output=Path(folder)), (), console).run()
+    return Command(options, teacher_folders, console).run()
 
 
 @contextmanager
@@ -82,10 +83,23 @@ def _short_warnings(console: Console) -> Iterator[None]:
         yield
 
 
-class _Command:
-    """One call of the command line."""
+class Command:
+    """One call of the command line.
 
-    def __init__(self, options: Options, teacher_folders: Sequence[Path], console: Console) -> None:
+    Args:
+        options: What was asked for.
+        teacher_folders: Folders of teachers that are only read.
+        console: What the user sees.
+        loaded: Data sets that earlier calls have read, by what they were asked for; new ones are added.
+    Attributes:
+        plan: What is run.
+        results: Finished results by run id.
+        view: What was shown at the end.
+    """
+
+    def __init__(
+        self, options: Options, teacher_folders: Sequence[Path], console: Console, loaded: dict[str, DataSet] | None = None
+    ) -> None:
         if options.recipe is None:
             raise OptionError("There is no recipe to run.")
         self.options = options
@@ -99,21 +113,19 @@ class _Command:
         readonly = options.action in ("dry-run", "table-only")
         self.store = RecordStore(options.output, console.warn, readonly=readonly)
         self.teachers = TeacherStore(self.store, teacher_folders)
+        self._loaded = {} if loaded is None else loaded
         self.plan = self._plan()
         self.results: dict[str, dict[str, Any]] = {}
+        self.view: Table | SweepView | None = None
+        self._held = ExitStack()
+        self._locked = False
 
     def _plan(self) -> Plan:
         table = load_table(self.recipe.table or self.recipe.dataset)
         points = sweep_points(self.options.axes, table, self.recipe) if self.options.axes else None
         if points is None:
             select_rows(table, self.recipe)  # before data is read: a wrong name should not cost half a minute
-        networks = sorted({name for text in self.recipe.pairs for name in text.split(":")})
-        for name in self.recipe.taps:
-            if name not in networks and f"taps.{name}" in self.recipe.changed:
-                raise OptionError(unknown_name("network under taps", name, networks, listed="The pairs name"))
-        for name in {name for text in self.recipe.pairs for name in (Pair.parse(text).teacher, Pair.parse(text).student)}:
-            if "/" not in name and name not in MODELS:
-                create_model(name, num_classes=10)  # raises, with near matches
+        check_networks(self.recipe)
         checkpoint = self.options.teacher_checkpoint
         return make_plan(self.recipe, table, self._load, teacher_checkpoint=checkpoint, points=points)
 
@@ -131,9 +143,28 @@ class _Command:
 
     def _load_images(self, recipe: Recipe) -> DataSet:
         options = self.options
-        return load_dataset(recipe.dataset, root=options.data_root, split=recipe.split, download=options.download, **recipe.data)
+        key = canonical_json([recipe.dataset, str(options.data_root), recipe.split, recipe.data])
+        if key not in self._loaded:
+            self._loaded[key] = load_dataset(
+                recipe.dataset, root=options.data_root, split=recipe.split, download=options.download, **recipe.data
+            )
+        return self._loaded[key]
 
     def run(self) -> int:
+        """Do what was asked for and return the exit code."""
+        with ExitStack() as self._held:
+            if self.options.action in ("run", "smoke") and self.options.output.is_dir():
+                self._hold()
+            return self._run()
+
+    def _hold(self) -> None:
+        """Make sure that the output folder can be written to, and hold it until the end; doing so again does nothing."""
+        self.store.check_writable()
+        if not self._locked:
+            self._held.enter_context(folder_lock(self.options.output))
+            self._locked = True
+
+    def _run(self) -> int:
         self._read_results()
         groups = self.plan.groups(self.results)
         reasons: dict[str, str] = {}
@@ -153,9 +184,9 @@ class _Command:
             if action == "dry-run":
                 from distillzoo.bench.dryrun import estimate
 
-                self.console.say(estimate(groups, self.teachers, self.device))
+                self.console.say(estimate(groups, self.teachers, self.device, self.console.warn))
                 return DONE
-            self.store.check_writable()
+            self._hold()
             failed = not SerialRunner(self.plan, self.store, self.teachers, self.device, self.console).run(groups)
             self._read_results()
         if action == "dry-run":
@@ -169,9 +200,10 @@ class _Command:
 
     def _read_results(self) -> None:
         for run_id in self.plan.runs:
-            result = self.store.result(self.store.record(run_id))
+            record = self.store.record(run_id)
+            result = self.store.result(record)
             if result is not None:
-                self.results[run_id] = result
+                self.results[run_id] = {**result, "environment": self.store.environment(record)}
 
     def _show(self, reasons: Mapping[str, str]) -> None:
         view: Table | SweepView
@@ -181,6 +213,7 @@ class _Command:
         else:
             view = make_table(self.plan, self.results, self._teacher_info, reasons)
             name = self.recipe.name
+        self.view = view
         self.console.say("\n" + view.text() + "\n")
         if self.options.action != "smoke":
             self._write(view, self.options.output, name)

@@ -3,22 +3,54 @@
 from __future__ import annotations
 
 import copy
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from distillzoo.bench.plan import Group, Run
+from distillzoo.bench.recipe import Pair, Recipe
 from distillzoo.bench.views import view_spec
 from distillzoo.build import build_distiller
 from distillzoo.data import DataSet
 from distillzoo.distiller import Distiller
-from distillzoo.errors import ShapeError
-from distillzoo.models import create_model
+from distillzoo.errors import OptionError, ShapeError, unknown_name
+from distillzoo.models import MODELS, create_model
 from distillzoo.streams import Stream, forked_generator
 from distillzoo.taps import Teacher
 from distillzoo.types import DataSpec
 
-__all__ = ["build_members", "count_parameters", "make_network", "make_teacher"]
+__all__ = ["build_members", "check_networks", "count_parameters", "make_network", "make_teacher"]
+
+
+def check_networks(recipe: Recipe) -> None:
+    """Refuse networks that do not exist, and settings for networks that nothing here trains.
+
+    A recipe may carry settings for networks of other pairs than those that are run (``--pairs``), so a pattern of its file must
+    fit some network that there is; one from the command line must fit a network of the pairs.
+
+    Args:
+        recipe: What is to be run.
+    Raises:
+        DistillZooError: If a name is unknown; near matches are named.
+    """
+    pairs = [Pair.parse(text) for text in recipe.pairs]
+    networks = {who: sorted({getattr(pair, who) for pair in pairs}) for who in ("teacher", "student")}
+    named = sorted({*networks["teacher"], *networks["student"]})
+    for name in recipe.taps:
+        if name not in named and f"taps.{name}" in recipe.changed:
+            raise OptionError(unknown_name("network under taps", name, named, listed="The pairs name"))
+    for who, own in networks.items():
+        for pattern in getattr(recipe, f"{who}_overrides"):
+            typed = any(path.startswith(f"{who}_overrides.{pattern}.") for path in recipe.changed)
+            foreign = pattern.startswith(("timm/", "torchvision/"))
+            known = own if typed else [*own, *MODELS.names()]
+            if not any(fnmatchcase(name, pattern) for name in known) and (typed or not foreign):
+                listed = f"The {who}s of the pairs are" if typed else "Networks are"
+                raise OptionError(unknown_name(f"network under {who}_overrides", pattern, known, listed=listed))
+    for name in named:
+        if "/" not in name and name not in MODELS:
+            create_model(name, num_classes=10)  # raises, with near matches
 
 
 def make_network(
@@ -106,8 +138,6 @@ def pick_device(asked: str) -> torch.device:
     Raises:
         OptionError: If CUDA was asked for and there is none.
     """
-    from distillzoo.errors import OptionError
-
     if asked == "cuda" and not torch.cuda.is_available():
         raise OptionError("--device cuda was asked for, but this machine has no usable CUDA device; use --device cpu or auto.")
     return torch.device("cuda" if asked in ("auto", "cuda") and torch.cuda.is_available() else "cpu")

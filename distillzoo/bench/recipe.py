@@ -259,7 +259,6 @@ def apply_override(recipe: Recipe, path: str, value: Any) -> Recipe:
     for key in (first, *rest)[:-1]:
         place = place.setdefault(key, {})
     place[rest[-1] if rest else first] = value
-    fields = ("student", "teacher", "data", "teacher_data", "teacher_head", "options", "weights", "taps", "split")
-    if first in fields and path not in _NEUTRAL:
+    if path not in _NEUTRAL and first not in ("dataset", "table", "methods", "pairs", "seeds", "note"):  # it decides how one trains
         values["changed"] = [*dict.fromkeys([*values["changed"], path])]
     return make_recipe(values)

@@ -226,6 +226,15 @@ class RecordStore:
             self.quarantine(record, str(error))
             return None
 
+    @staticmethod
+    def environment(record: Record) -> dict[str, Any]:
+        """Return where and how fast a record was made; nothing where that is not known: it decides no number."""
+        try:
+            found = json.loads((record.path / "env.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def checkpoint(self, record: Record) -> dict[str, Any] | None:
         """Return an unfinished record's state; a damaged record is set aside and counts as absent."""
         try:

@@ -13,11 +13,13 @@ from distillzoo.bench.yamls import read_yaml
 from distillzoo.build import describe_distiller, list_distillers, resolve_distiller
 from distillzoo.errors import OptionError, UnknownNameError, unknown_name
 
-__all__ = ["Row", "TableSpec", "list_tables", "load_table", "select_rows"]
+__all__ = ["TABLES", "Row", "TableSpec", "list_tables", "load_table", "select_rows"]
 
-_FOLDER = Path(__file__).with_name("tables")
-_TABLE_FIELDS = ("title", "baseline", "rows", "published")
-_ROW_FIELDS = ("title", "method", "options", "weights", "pairs", "source")
+TABLES = Path(__file__).with_name("tables")
+"""The folder of the table files that come with the package."""
+
+_TABLE_FIELDS = ("title", "baseline", "rows", "published", "note")
+_ROW_FIELDS = ("title", "method", "options", "weights", "pairs", "source", "extra")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Row:
         weights: Weights by term, or the name of a preset.
         pairs: Options and weights that differ for some pair: ``{"vgg13:vgg8": {"options": {...}}}``.
         source: Where the settings come from.
+        extra: Whether it is run only where ``--methods`` names it.
         point: Values of the swept fields, by path.
     """
 
@@ -42,6 +45,7 @@ class Row:
     weights: Mapping[str, Any] | str | None = None
     pairs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     source: str = ""
+    extra: bool = False
     point: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -83,6 +87,7 @@ class TableSpec:
         rows: Its rows, in order.
         baseline: Name of the row that others are compared with.
         published: Published figures.
+        note: A sentence for the caption.
     """
 
     name: str
@@ -90,11 +95,17 @@ class TableSpec:
     rows: tuple[Row, ...]
     baseline: str = "kd"
     published: tuple[Mapping[str, Any], ...] = ()
+    note: str = ""
 
     def published_figures(self, row: str, pair: Pair) -> list[tuple[str, float]]:
         """Return what was published for a row and a pair, with the source's short name."""
         found = [(str(source["label"]), source["values"].get(row, {}).get(str(pair))) for source in self.published]
         return [(label, float(value)) for label, value in found if value is not None]
+
+    def published_protocols(self, row: str) -> dict[str, str]:
+        """Return, by short name of the source, under which other protocol it got a row's figures."""
+        found = {str(source["label"]): source.get("protocols", {}).get(row) for source in self.published}
+        return {label: str(protocol) for label, protocol in found.items() if protocol is not None}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +130,7 @@ def merge_weights(base: Mapping[str, Any] | str | None, over: object) -> Mapping
 
 def list_tables() -> list[str]:
     """Return the names of the table files."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml") if not path.stem.endswith("_published"))
+    return sorted(path.stem for path in TABLES.glob("*.yaml") if not path.stem.endswith("_published"))
 
 
 def load_table(name: str) -> TableSpec:
@@ -129,7 +140,7 @@ def load_table(name: str) -> TableSpec:
         UnknownNameError: If there is no such table.
         OptionError: If the file is not valid.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else TABLES / f"{name}.yaml"
     if not path.is_file():
         raise UnknownNameError(unknown_name("table", name, list_tables(), listed="There are"))
     found = read_yaml(path)
@@ -143,8 +154,11 @@ def load_table(name: str) -> TableSpec:
     if "baseline" in found and found["baseline"] not in [row.name for row in rows]:
         known = [row.name for row in rows]
         raise UnknownNameError(unknown_name(f"baseline of {where}", str(found["baseline"]), known, listed="Its rows are"))
-    published = read_yaml(_FOLDER / f"{found['published']}.yaml")["sources"] if found.get("published") else ()
-    return TableSpec(path.stem, str(found.get("title", path.stem)), tuple(rows), str(found.get("baseline", "kd")), tuple(published))
+    published = read_yaml(TABLES / f"{found['published']}.yaml")["sources"] if found.get("published") else ()
+    title, baseline, note = (
+        str(found.get(key, default)) for key, default in (("title", path.stem), ("baseline", "kd"), ("note", ""))
+    )
+    return TableSpec(path.stem, title, tuple(rows), baseline, tuple(published), note)
 
 
 def _make_row(key: str, value: Any, where: str) -> Row:
@@ -155,6 +169,9 @@ def _make_row(key: str, value: Any, where: str) -> Row:
     for place, given in places.items():
         if not _fits(given):
             raise OptionError(f"{place} of row {key!r} of {where} must be a mapping of names to values; got {given!r}.")
+    extra = value.get("extra", False)
+    if not isinstance(extra, bool):
+        raise OptionError(f"extra of row {key!r} of {where} must be true or false; got {extra!r}; correct it.")
     return Row(
         name=str(key),
         title=str(value.get("title", key)),
@@ -163,6 +180,7 @@ def _make_row(key: str, value: Any, where: str) -> Row:
         weights=value.get("weights"),
         pairs=value.get("pairs") or {},
         source=str(value.get("source", "")),
+        extra=extra,
     )
 
 
@@ -188,7 +206,7 @@ def select_rows(table: TableSpec, recipe: Recipe) -> tuple[Row, ...]:
     known = {row.name: row for row in table.rows}
     names = recipe.methods
     if names is None:
-        chosen = list(table.rows)
+        chosen = [row for row in table.rows if not row.extra]
     elif names == ("all",):
         chosen = [known.get(name) or _plain_row(name) for name in _all_names(table)]
     else:

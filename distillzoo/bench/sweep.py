@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from distillzoo.bench.captions import Results, protocol_note
 from distillzoo.bench.checks import check_list
 from distillzoo.bench.plan import Plan
 from distillzoo.bench.recipe import Recipe, apply_override
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
 from distillzoo.bench.rows import Row, TableSpec, merge, merge_weights, select_rows
-from distillzoo.bench.table import Results, protocol_note
 from distillzoo.bench.yamls import parse_scalar
 from distillzoo.errors import OptionError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from distillzoo.errors import OptionError
@@ -57,6 +57,11 @@ class TrainConfig:
     eval_batch_size: int = 500
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            if str(item.type).startswith(("int", "float")) and isinstance(getattr(self, item.name), bool):
+                raise OptionError(
+                    f"{item.name} of the training configuration must be a number; got {getattr(self, item.name)!r}; write one."
+                )
         for name in ("epochs", "batch_size", "eval_batch_size"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("lr", self.lr > 0, "above 0")

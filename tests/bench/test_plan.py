@@ -9,6 +9,7 @@ import pytest
 from distillzoo.bench.plan import Plan, make_plan
 from distillzoo.bench.recipe import Pair, Recipe, apply_override, make_recipe
 from distillzoo.bench.rows import load_table, select_rows
+from distillzoo.build import describe_distiller
 from distillzoo.data import DataSet
 from distillzoo.errors import OptionError, UnknownNameError
 from tests.bench.conftest import TINY
@@ -161,3 +162,37 @@ def test_published_figures_stand_beside_rows() -> None:
     assert dict(table.published_figures("kd", Pair("resnet56", "resnet20"))) == {"CRD paper": 70.66}
     assert dict(table.published_figures("vanilla", Pair("vgg13", "mobilenetv2"))) == {"CRD paper": 64.6, "Yao et al.": 64.6}
     assert table.published_figures("kd", Pair("resnet20", "resnet8")) == []
+    assert dict(table.published_figures("kdiffusion_guide", Pair("vgg13", "mobilenetv2"))) == {"Yao et al.": 70.49}
+    assert "best epoch" in table.published_protocols("ofd")["Yao et al."]
+    assert table.published_protocols("kd") == {}
+
+
+def test_the_twelve_rows_of_cifar100() -> None:
+    table = load_table("cifar100")
+    recipe = make_recipe({key: value for key, value in TINY.items() if key != "methods"})
+    rows = select_rows(table, recipe)
+    assert [row.title for row in rows] == [
+        "student alone",
+        *("KD", "AT", "VID", "CRD", "OFD", "ReviewKD", "DiffKD"),
+        *("Average", "KDiffusion single", "KDiffusion multiple", "KDiffusion multiple + guide"),
+    ]
+    options = {row.name: row.describe(Pair("", ""))["options"] for row in rows if row.method == "kdiffusion"}
+    assert {name: (each["objective"], each["layers"], each["guide"]) for name, each in options.items()} == {
+        "kdiffusion_average": ("average", "last", False),
+        "kdiffusion": ("progressive", "last", False),
+        "kdiffusion_multi": ("progressive", "all", False),
+        "kdiffusion_guide": ("progressive", "all", True),
+    }
+    assert describe_distiller("kdiffusion")["options"] == options["kdiffusion"], "the plain name is the single-layer row"
+
+
+def test_an_extra_row_waits_to_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("rows: {kd: {}, fitnet: {title: hints, extra: true}}")
+    table = load_table(str(path))
+    plain = {key: value for key, value in TINY.items() if key != "methods"}
+    assert [row.name for row in select_rows(table, make_recipe(plain))] == ["kd"]
+    assert [row.title for row in select_rows(table, make_recipe({**plain, "methods": ["fitnet"]}))] == ["hints"]
+    path.write_text("rows: {kd: {extra: 1}}")
+    with pytest.raises(OptionError, match=r"extra of row 'kd' .* true or false; got 1"):
+        load_table(str(path))

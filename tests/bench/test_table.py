@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from distillzoo.bench.captions import cost_sentence, protocol_note
 from distillzoo.bench.plan import Plan, make_plan
 from distillzoo.bench.plot import fits_log_axis, plot_table
 from distillzoo.bench.recipe import Recipe, apply_override, find_recipe, load_recipe, make_recipe
 from distillzoo.bench.render import Spread, as_markdown, as_text
 from distillzoo.bench.rows import load_table
-from distillzoo.bench.table import make_table, protocol_note
+from distillzoo.bench.table import make_table
 from distillzoo.data import DataSet
 from tests.bench.conftest import TINY
 
@@ -55,16 +56,17 @@ def test_the_text_of_fixed_records(plan: Plan) -> None:
 
 
 def test_the_caption_says_what_must_be_known(plan: Plan) -> None:
-    caption = make_table(plan, results_of(plan, LAST), lambda _: TEACHER).blocks[0].caption
+    caption = make_table(plan, results_of(plan, LAST), lambda _: TEACHER).text().split("\n\n")[2]
     for words in (
         "synthetic, 24 training and 12 test images",
         "split: test",
         "last epoch",
         "n = 0 to 3 seeds",
-        "teacher tinycnn_32 91.25 % (287,843 parameters)",
+        "Teacher tinycnn_32 91.25 % (287,843 parameters)",
         "student tinycnn_8 (6,179 parameters)",
         "differences inside the spread mean nothing",
         "tiny recipe, 3 seeds: not comparable with published figures",
+        "2 of 4 cells are there (8 of 12 runs).",
     ):
         assert words in caption
 
@@ -87,7 +89,7 @@ def test_one_seed_has_no_spread_and_ranks_nothing(tiny_data: Load) -> None:
     table = make_table(plan, results_of(plan, LAST), lambda _: None)
     assert "70.00 ± -" in table.text()
     assert "One seed ranks nothing." in table.blocks[0].caption
-    assert "teacher tinycnn_32 not made" in table.blocks[0].caption
+    assert "Teacher tinycnn_32 not made" in table.blocks[0].caption
 
 
 def test_diverged_and_unsupported_rows_say_so(plan: Plan) -> None:
@@ -125,6 +127,55 @@ def test_published_figures_get_a_column(tiny_data: Load) -> None:
     lines = make_table(plan, {}, lambda _: None).text().splitlines()
     assert "published (CRD paper)" in lines[2]
     assert lines[5].rstrip().endswith("70.66")
+
+
+def test_published_figures_stand_beside_ours_with_the_difference(tiny_data: Load) -> None:
+    recipe = make_recipe({**TINY, "pairs": ["vgg13:mobilenetv2", "resnet50:mobilenetv2"], "methods": ["kd", "ofd"]})
+    plan = make_plan(recipe, load_table("cifar100"), tiny_data)
+    results = {
+        cell.run.id: {"status": "done", "last_accuracy": 68.0 + cell.seed, "best_accuracy": 70.0}
+        for cell in plan.cells
+        if (str(cell.pair), cell.row.name) in {("vgg13:mobilenetv2", "kd"), ("vgg13:mobilenetv2", "ofd")}
+    }
+    table = make_table(plan, results, lambda _: None)
+    first, second = (block.lines for block in table.blocks)
+    assert [line.beside("CRD paper") for line in first] == ["67.37 (+1.13)", "-"]
+    assert [line.beside("Yao et al.") for line in first] == ["-", "69.48* (-0.98)"]
+    assert [line.beside("Yao et al.") for line in second] == ["-", "69.04*"], "no difference to what is not there"
+    assert "* Yao et al.'s OFD: another protocol" in table.text().split("\n\n")[-1]
+    assert "In brackets: ours less the published figure." in table.caption
+    assert "2 of 4 cells are there (4 of 8 runs)." in table.text()
+    assert table.text().count("paired over seeds") == 1, "what holds for all pairs is said once"
+    rows = [*csv.DictReader(io.StringIO(table.csv()))]
+    assert float(rows[0]["minus_CRD paper"]) == pytest.approx(1.13)
+    assert rows[2]["minus_CRD paper"] == ""
+
+
+def test_an_empty_table_says_how_many_cells_it_lacks(tiny_data: Load) -> None:
+    pairs = load_recipe(find_recipe("paper", "cifar100")).pairs
+    recipe = make_recipe({**{key: value for key, value in TINY.items() if key != "methods"}, "pairs": pairs, "table": "cifar100"})
+    text = make_table(make_plan(recipe, load_table("cifar100"), tiny_data), {}, lambda _: None).text()
+    assert "0 of 60 cells are there (0 of 120 runs)." in text
+    assert text.count("missing") == 60
+
+
+def test_the_cost_of_the_groups(plan: Plan) -> None:
+    where = {"group_seconds": 90.0, "group_size": 4, "group_images_per_second": 128.4, "threads": 1, "cpu": "A CPU", "gpu": None}
+    results = results_of(plan, LAST)
+    costed = {
+        run_id: {**result, "environment": {**where, "group_seconds": 90.0 + 60 * (number % 3)}}
+        for number, (run_id, result) in enumerate(results.items())
+    }
+    cells = [cell for cell in plan.cells if cell.run.id in results]
+    assert cost_sentence(cells, results) == "", "records that do not tell"
+    assert cost_sentence(cells, costed) == (
+        "Training took 1.5 to 3.5 minutes for a group of 4 rows on one teacher pass, 128 images/s for each row, "
+        "on 1 thread of A CPU."
+    )
+    gpu = {run_id: {"environment": {**where, "gpu": "A GPU", "group_size": 1}} for run_id in results}
+    assert cost_sentence(cells, gpu).endswith(
+        "1.5 minutes for a group of 1 row on one teacher pass, 128 images/s for each row, on A GPU."
+    )
 
 
 def test_spread() -> None:

@@ -1,0 +1,274 @@
+"""Choose a table's weights on held-out images: one sweep a row, all of the same budget, and the table file that follows."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillzoo.bench.checks import check_keys, check_list
+from distillzoo.bench.cli import Command
+from distillzoo.bench.options import parse_options
+from distillzoo.bench.progress import Console
+from distillzoo.bench.recipe import Pair
+from distillzoo.bench.records import atomic
+from distillzoo.bench.render import as_text
+from distillzoo.bench.rows import TABLES, load_table
+from distillzoo.bench.yamls import dump_yaml, read_yaml
+from distillzoo.data import DataSet
+from distillzoo.errors import OptionError
+
+__all__ = ["Choice", "Search", "choose", "keep_records", "load_search", "table_file", "table_text"]
+
+_FIELDS = ("dataset", "recipe", "base", "table", "epochs", "seed", "rows")
+_ROW_FIELDS = ("term", "values", "like")
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What is tried for one row.
+
+    Args:
+        row: Name of the row.
+        term: The term whose weight is tried.
+        values: The weights, above 0.
+        like: A row chosen before, whose weight this one takes over.
+    """
+
+    row: str
+    term: str
+    values: tuple[float, ...]
+    like: str | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """A choice of weights: what is swept, and how long.
+
+    Args:
+        name: Name of its file.
+        dataset: Data set.
+        recipe: Recipe.
+        base: Table file whose rows are swept.
+        table: Name of the table file that is written.
+        epochs: Epochs of every run.
+        seed: Seed of every run.
+        rows: What is tried, in order.
+    """
+
+    name: str
+    dataset: str
+    recipe: str
+    base: str
+    table: str
+    epochs: int
+    seed: int
+    rows: tuple[Swept, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What came out for a row.
+
+    Args:
+        swept: What was tried.
+        default: The weight that the row has in the base table; of a schedule its final value.
+        accuracies: Held-out top-1 in per cent after the last epoch by weight; ``None`` for a run that diverged. A weight that has
+            no record is not in it.
+        ids: Ids of the runs by weight.
+        taken: Weights by term that were taken over from another row.
+    """
+
+    swept: Swept
+    default: float
+    accuracies: Mapping[float, float | None]
+    ids: Mapping[float, str]
+    taken: Mapping[str, float]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every weight has a record."""
+        return len(self.accuracies) == len(self.swept.values)
+
+    @property
+    def chosen(self) -> float | None:
+        """The weight of the highest accuracy, of equal ones the closest to the default by ratio; ``None`` until all are there."""
+        reached = {value: accuracy for value, accuracy in self.accuracies.items() if accuracy is not None}
+        if not self.finished or not reached:
+            return None
+        return max(reached, key=lambda value: (reached[value], -abs(math.log(value / self.default))))
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the chosen weight is the least or the greatest that was tried: a better one may lie beyond."""
+        return self.chosen in (min(self.swept.values), max(self.swept.values))
+
+
+def load_search(path: Path) -> Search:
+    """Read a search from its YAML file.
+
+    Raises:
+        OptionError: If it is not valid.
+    """
+    found, where = read_yaml(path), f"the search {path.stem!r}"
+    check_keys(found, _FIELDS, where)
+    lacking = [name for name in _FIELDS if name not in found]
+    if lacking:
+        raise OptionError(f"{where[0].upper()}{where[1:]} lacks {lacking[0]!r}; it needs {', '.join(_FIELDS)}.")
+    known = {row.name for row in load_table(found["base"]).rows}
+    rows: list[Swept] = []
+    check_keys(found["rows"], known, f"{where}, rows")
+    for name, given in found["rows"].items():
+        check_keys(given, _ROW_FIELDS, f"{where}, {name}")
+        values = given.get("values")
+        if (
+            not isinstance(values, list)
+            or not all(type(v) in (int, float) and 0 < v < math.inf for v in values)
+            or "term" not in given
+        ):
+            raise OptionError(f"{name} of {where} needs a term and a list of values above 0; got {given!r}; write both.")
+        check_list(f"values of {name}", values)
+        like = given.get("like")
+        if like is not None and like not in [row.row for row in rows]:
+            raise OptionError(f"{name} of {where} is like {like!r}, which must be a row before it; move it up.")
+        rows.append(Swept(str(name), str(given["term"]), tuple(map(float, values)), like))
+    fields = {key: found[key] for key in _FIELDS if key != "rows"}
+    return Search(name=path.stem, rows=tuple(rows), **fields)
+
+
+def choose(search: Search, options: Sequence[str], folders: Sequence[Path], console: Console) -> tuple[list[Choice], int]:
+    """Run every sweep that is not finished, one after the other, each as ``run_table.py --sweep`` would.
+
+    Args:
+        search: What is swept.
+        options: More options of ``run_table.py``: ``--data-root``, ``--output``, ``--threads``, ``--device``, ``--table-only``.
+        folders: Folders of teachers that are only read.
+        console: What the user sees.
+    Returns:
+        What came out, and the highest exit code of the sweeps.
+    """
+    choices: dict[str, Choice] = {}
+    loaded: dict[str, DataSet] = {}
+    code = 0
+    for swept in search.rows:
+        like = None if swept.like is None else choices[swept.like]
+        taken = {} if like is None or like.chosen is None else {**like.taken, like.swept.term: like.chosen}
+        if like is not None and like.chosen is None:
+            choices[swept.row] = Choice(swept, _default(search, swept), {}, {}, {})
+            console.say(f"{swept.row} waits: the weight of {swept.like} is not chosen yet.")
+            continue
+        command = Command(parse_options([*arguments(search, swept, taken), *options]), folders, console, loaded)
+        code = max(code, command.run())
+        choices[swept.row] = _choice(search, swept, command, taken)
+    return list(choices.values()), code
+
+
+def arguments(search: Search, swept: Swept, taken: Mapping[str, float]) -> list[str]:
+    """Return the options of ``run_table.py`` that sweep one row.
+
+    Args:
+        search: The search.
+        swept: The row.
+        taken: Weights of its other terms.
+    """
+    listed = ",".join(f"{value:g}" for value in swept.values)
+    settled = [word for term, value in taken.items() for word in (f"--{swept.row}.weights.{term}", f"{value:g}")]
+    where = ["--dataset", search.dataset, "--recipe", search.recipe, "--table", search.base]
+    how = ["--methods", swept.row, "--seeds", str(search.seed), "--epochs", str(search.epochs), *settled]
+    return [*where, *how, "--sweep", f"{swept.row}.weights.{swept.term}={listed}"]
+
+
+def _default(search: Search, swept: Swept) -> float:
+    row = next(row for row in load_table(search.base).rows if row.name == swept.row)
+    weights = row.describe(Pair("", ""))["weights"]
+    weight = weights[swept.term]
+    return float(weight if not isinstance(weight, Mapping) else weight.get("value", weight.get("end")))
+
+
+def _choice(search: Search, swept: Swept, command: Command, taken: Mapping[str, float]) -> Choice:
+    ids = {float(dict(cell.row.point)[f"{swept.row}.weights.{swept.term}"]): cell.run.id for cell in command.plan.cells}
+    results = {value: command.results[run_id] for value, run_id in ids.items() if run_id in command.results}
+    accuracies = {value: None if r["status"] != "done" else float(r["last_accuracy"]) for value, r in results.items()}
+    return Choice(swept, _default(search, swept), accuracies, ids, taken)
+
+
+def table_text(search: Search, choices: Sequence[Choice]) -> str:
+    """Return every sweep and what it chose, as text.
+
+    Args:
+        search: The search.
+        choices: What came out.
+    """
+    widest = max(len(choice.swept.values) for choice in choices)
+    header = ["row", "weight of", "default", *(f"tried {i + 1}" for i in range(widest)), "chosen"]
+    lines = []
+    for choice in choices:
+        cells = [_cell(choice, value) for value in choice.swept.values]
+        chosen = "not yet" if choice.chosen is None else f"{choice.chosen:g}{' (end)' if choice.at_end else ''}"
+        names = [choice.swept.row, choice.swept.term, f"{choice.default:g}"]
+        lines.append([*names, *cells, *[""] * (widest - len(cells)), chosen])
+    done = sum(len(choice.accuracies) for choice in choices)
+    asked = sum(len(choice.swept.values) for choice in choices)
+    return (
+        f"{as_text(header, lines)}\n\n"
+        f"weight: top-1 in per cent on held-out training images, {search.dataset}, recipe {search.recipe}, {search.epochs} epochs, "
+        f"seed {search.seed}. The highest is chosen, of equal ones the closest to the default; (end): a better one may lie beyond. "
+        f"One seed and few epochs: neighbours mean nothing against each other. {done} of {asked} runs are there."
+    )
+
+
+def _cell(choice: Choice, value: float) -> str:
+    if value not in choice.accuracies:
+        return f"{value:g}: missing"
+    accuracy = choice.accuracies[value]
+    return f"{value:g}: {'diverged' if accuracy is None else f'{accuracy:.2f}'}"
+
+
+def table_file(search: Search, choices: Sequence[Choice], command: str) -> str:
+    """Return the table file that follows from the choices: the base table's rows with the chosen weights and where each is from.
+
+    Args:
+        search: The search.
+        choices: What came out.
+        command: The command that writes it, for its first line.
+    """
+    table: dict[str, Any] = dict(read_yaml(TABLES / f"{search.base}.yaml"))
+    rows = {str(name): dict(fields or {}) for name, fields in table["rows"].items()}
+    for choice in choices:
+        if choice.chosen is None:
+            continue
+        row = rows[choice.swept.row]
+        row["weights"] = {**row.get("weights", {}), **choice.taken, choice.swept.term: choice.chosen}
+        tried = ", ".join(f"{value:g}" for value in choice.swept.values)
+        row["source"] = f"the best of {tried} on held-out images; record {choice.ids[choice.chosen]}"
+    waiting = [choice.swept.row for choice in choices if choice.chosen is None]
+    note = f"Weights: the best of those tried for every method on held-out images ({search.epochs} epochs, one seed)"
+    note += f", but defaults for {', '.join(waiting)}." if waiting else "."
+    order = {**{key: value for key, value in table.items() if key != "rows"}, "note": note, "rows": rows}
+    return f"# Written from records, never by hand: {command}\n{dump_yaml(order)}"
+
+
+def keep_records(choices: Sequence[Choice], source: Path, target: Path) -> int:
+    """Copy the finished records of a search without the students' weights; returns how many there are.
+
+    Args:
+        choices: What came out.
+        source: Folder of the records.
+        target: Folder to keep them in.
+    """
+    left_out: Callable[..., set[str]] = shutil.ignore_patterns("*.safetensors", "last.pt", ".*")
+    kept = [choice.ids[value] for choice in choices for value in choice.accuracies]
+    for run_id in kept:
+        if source.resolve() != target.resolve():
+            shutil.copytree(source / run_id, target / run_id, ignore=left_out, dirs_exist_ok=True)
+    return len(kept)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as handle:
+        handle.write(text.encode())

@@ -1,0 +1,169 @@
+"""What a table reproduces: ours beside the published figures from records alone, what is far from them, and which orders hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillzoo.bench.checks import check_keys
+from distillzoo.bench.plan import Plan, TeacherJob, make_plan
+from distillzoo.bench.recipe import Recipe
+from distillzoo.bench.recorded import RecordedDataSet, recorded_data
+from distillzoo.bench.records import RecordStore
+from distillzoo.bench.render import Spread, spread
+from distillzoo.bench.rows import load_table
+from distillzoo.bench.table import Block, Line, Table, make_table
+from distillzoo.bench.teachers import TeacherStore
+from distillzoo.bench.yamls import read_yaml
+from distillzoo.errors import OptionError
+
+__all__ = ["Deviation", "Order", "deviations", "orders", "read_explanations", "recorded_table"]
+
+_NEAR = 0.5  # points; what two runs of one protocol on other machines may differ by
+
+
+def recorded_table(recipe: Recipe, folder: Path, teachers: Sequence[Path], say: Callable[[str], None]) -> tuple[Plan, Table]:
+    """Return a recipe's plan and table from records alone; neither data nor records need be there.
+
+    Args:
+        recipe: The recipe.
+        folder: Folder of its records, which may not exist.
+        teachers: Folders of teachers that are only read.
+        say: Where to name a damaged record.
+    """
+    nothing = RecordedDataSet(recipe.dataset, recipe.split, "", f"{recipe.dataset}, nothing recorded", None)
+    data = recorded_data(folder, recipe) or nothing
+    plan = make_plan(recipe, load_table(recipe.table or recipe.dataset), lambda _: data)
+    store = RecordStore(folder, say, readonly=True)
+    results: dict[str, dict[str, Any]] = {}
+    for run_id in plan.runs:
+        record = store.record(run_id)
+        result = store.result(record)
+        if result is not None:
+            results[run_id] = {**result, "environment": store.environment(record)}
+    stored = TeacherStore(store, teachers)
+
+    def teacher_info(job: TeacherJob) -> Mapping[str, Any] | None:
+        found = stored.find(job)
+        known = (result.get("teacher") for result in results.values())
+        return found.describe() if found else next((each for each in known if each and each["id"] == job.id), None)
+
+    return plan, make_table(plan, results, teacher_info)
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A cell that is far from what was published.
+
+    Args:
+        block: Its pair.
+        line: Its row.
+        ours: Our figures.
+        published: The published figure.
+        sources: Who published it.
+    """
+
+    block: Block
+    line: Line
+    ours: Spread
+    published: float
+    sources: tuple[str, ...]
+
+    @property
+    def difference(self) -> float:
+        """Ours less the published one, in points."""
+        return (self.ours.mean or 0.0) - self.published
+
+
+def deviations(table: Table) -> list[Deviation]:
+    """Return the cells that are farther from a published figure than half a point and than two standard errors of our mean.
+
+    Args:
+        table: The table. Cells without a result are left out; those of one seed have no standard error.
+    """
+    found = []
+    for block in table.blocks:
+        for line in block.lines:
+            ours = line.spreads()[0]
+            if ours.mean is None:
+                continue
+            error = 0.0 if ours.sd is None else ours.sd / math.sqrt(ours.n)
+            by_value: dict[float, list[str]] = {}
+            for source, value in line.published:
+                by_value.setdefault(value, []).append(source)
+            found += [
+                Deviation(block, line, ours, value, tuple(sources))
+                for value, sources in by_value.items()
+                if abs(ours.mean - value) > max(_NEAR, 2 * error)
+            ]
+    return found
+
+
+@dataclass(frozen=True)
+class Order:
+    """One row that is expected above another on a pair.
+
+    Args:
+        block: The pair.
+        below: The row that is expected below.
+        above: The row that is expected above.
+    """
+
+    block: Block
+    below: Line
+    above: Line
+
+    @property
+    def differences(self) -> Spread:
+        """Above less below, seed by seed, for the seeds that both have."""
+        return spread([value - self.below.last[seed] for seed, value in self.above.last.items() if seed in self.below.last])
+
+    @property
+    def verdict(self) -> str:
+        """``"met"``, ``"not met"`` or ``"not there yet"``: by the mean of the differences, which may lie inside their spread."""
+        mean = self.differences.mean
+        return "not there yet" if mean is None else "met" if mean > 0 else "not met"
+
+
+def orders(plan: Plan, table: Table) -> list[Order]:
+    """Return every order that the published figures lead to expect, for every pair.
+
+    Args:
+        plan: The plan; its table file says which orders are expected.
+        table: The table.
+    """
+    found = []
+    for block in table.blocks:
+        lines = {line.row.name: line for line in block.lines}
+        for source in plan.table.published:
+            for below, above in source.get("orders", ()):
+                if below in lines and above in lines:
+                    found.append(Order(block, lines[below], lines[above]))
+    return found
+
+
+def read_explanations(path: Path, plan: Plan) -> dict[tuple[str, str], str]:
+    """Read what is written about far cells: text by pair and row; no figure stands in it.
+
+    Args:
+        path: A YAML file, ``{"teacher:student": {row: text}}``; it may not exist.
+        plan: Which pairs and rows there are.
+    Raises:
+        OptionError: If it names a pair or row that is not in the plan.
+    """
+    if not path.is_file():
+        return {}
+    found = read_yaml(path) or {}
+    where = f"the explanations {path.name!r}"
+    check_keys(found, {str(cell.pair) for cell in plan.cells}, where)
+    texts: dict[tuple[str, str], str] = {}
+    for pair, rows in found.items():
+        check_keys(rows, {cell.row.name for cell in plan.cells}, f"{where}, {pair}")
+        for row, text in rows.items():
+            if not isinstance(text, str) or not text.strip():
+                raise OptionError(f"{where[0].upper()}{where[1:]}, {pair}, {row}, must be a text; got {text!r}; write one.")
+            texts[str(pair), str(row)] = text.strip()
+    return texts

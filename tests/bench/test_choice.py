@@ -1,0 +1,156 @@
+"""The choice of weights: sweeps of one budget, the highest held-out accuracy, and the table file that follows from the records."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.choose_weights import main
+from distillzoo.bench.choice import Choice, Swept, arguments, load_search
+from distillzoo.bench.options import parse_options
+from distillzoo.bench.progress import Console
+from distillzoo.bench.recipe import Pair
+from distillzoo.bench.rows import load_table, select_rows
+from distillzoo.errors import OptionError
+from tests.bench.conftest import TINY_YAML, Call
+
+ROOT = Path(__file__).resolve().parents[2]
+SEARCH = ROOT / "benchmarks" / "weights_cifar100_cpu.yaml"
+
+
+def choice(default: float = 1.0, **accuracies: float | None) -> Choice:
+    found = {float(key.removeprefix("w").replace("_", ".")): value for key, value in accuracies.items()}
+    values = (0.1, 0.3, 1.0, 3.0, 10.0)
+    return Choice(Swept("kd", "kd", values), default, found, {value: f"id{value}" for value in values}, {})
+
+
+def test_the_highest_is_chosen_and_ties_go_to_the_default() -> None:
+    assert choice(w0_1=50.0, w0_3=52.0, w1=51.0, w3=50.0, w10=None).chosen == 0.3
+    assert choice(w0_1=52.0, w0_3=51.0, w1=50.0, w3=52.0, w10=52.0).chosen == 3.0
+    assert choice(default=9.0, w0_1=52.0, w0_3=51.0, w1=50.0, w3=52.0, w10=52.0).chosen == 10.0, "by ratio, not by difference"
+    assert choice(w0_1=50.0, w0_3=51.0, w1=50.0, w3=52.0).chosen is None, "one is missing"
+    assert choice(w0_1=None, w0_3=None, w1=None, w3=None, w10=None).chosen is None
+    assert choice(w0_1=53.0, w0_3=52.0, w1=51.0, w3=50.0, w10=None).at_end
+    assert not choice(w0_1=50.0, w0_3=52.0, w1=51.0, w3=50.0, w10=None).at_end
+
+
+def test_the_search_of_the_cpu_recipe_gives_every_method_the_same_budget() -> None:
+    search = load_search(SEARCH)
+    table = load_table(search.base)
+    shown = [row.name for row in table.rows if not row.extra and row.name != "vanilla"]
+    assert [row.row for row in search.rows] == shown, "every row that has a weight, once"
+    assert {len(row.values) for row in search.rows} == {5}
+    for swept in search.rows:
+        row = next(row for row in table.rows if row.name == swept.row)
+        weight = row.describe(Pair("", ""))["weights"][swept.term]
+        final = weight if isinstance(weight, float) else weight["value"]
+        ratios = [value / final for value in swept.values]
+        assert min(ratios) < 1 < max(ratios) or swept.row == "reviewkd", swept
+
+
+def test_a_sweep_is_the_run_that_the_plain_command_makes() -> None:
+    """The plain name of a method is its default options, so records of earlier sweeps by that name are found."""
+    search = load_search(SEARCH)
+    swept = next(row for row in search.rows if row.row == "kdiffusion")
+    options = parse_options(arguments(search, swept, {}))
+    assert options.recipe is not None
+    assert (options.recipe.split, options.recipe.student.epochs, options.recipe.seeds) == ("heldout", 3, (0,))
+    (plain,) = select_rows(load_table("digits"), options.recipe)
+    (named,) = select_rows(load_table("cifar100"), options.recipe)
+    assert plain.describe(Pair("", "")) == named.describe(Pair("", ""))
+
+
+def test_what_is_taken_over_is_set_beside_the_sweep() -> None:
+    search = load_search(SEARCH)
+    options = parse_options(arguments(search, search.rows[-1], {"progressive": 0.3}))
+    assert options.recipe is not None
+    assert options.recipe.weights == {"kdiffusion_guide": {"progressive": 0.3}}
+    assert [axis.path for axis in options.axes] == ["kdiffusion_guide.weights.guide"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rows": {"kdd": {"term": "kd", "values": [1]}}}, "Did you mean 'kd'"),
+        ({"rows": {"kd": {"term": "kd", "values": [0, 1]}}}, "above 0"),
+        ({"rows": {"kd": {"term": "kd", "values": [True]}}}, "above 0"),
+        ({"rows": {"kd": {"term": "kd", "values": [math.nan]}}}, "above 0"),
+        ({"rows": {"kd": {"term": "kd", "values": [1, 1]}}}, "twice"),
+        ({"rows": {"kd": {"values": [1]}}}, "needs a term"),
+        ({"rows": {"kd": {"term": "kd", "values": [1], "like": "at"}}}, "a row before it"),
+        ({"epoch": 3}, "Did you mean 'epochs'"),
+        ({"rows": None}, "mapping"),
+    ],
+)
+def test_a_wrong_search_is_a_sentence(change: dict[str, object], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "search.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(SEARCH.read_text()), **change}))
+    with pytest.raises(OptionError, match=words):
+        load_search(path)
+
+
+def test_from_nothing_to_the_table_file(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY_YAML)
+    search = {
+        "dataset": "synthetic",
+        "recipe": str(tmp_path / "tiny.yaml"),
+        "base": "cifar100",
+        "table": "mine",
+        "epochs": 1,
+        "seed": 0,
+    }
+    rows = {
+        "kd": {"term": "kd", "values": [0.3, 0.9]},
+        "kdiffusion_multi": {"term": "progressive", "values": [1, 3]},
+        "kdiffusion_guide": {"term": "guide", "values": [0.5, 1], "like": "kdiffusion_multi"},
+    }
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump({**search, "rows": rows}, sort_keys=False))
+
+    def run(*more: str) -> tuple[int, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        places = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--tables", str(tmp_path)]
+        return main(["--search", str(tmp_path / "search.yaml"), *places, *more], Console(out, err)), out.getvalue(), err.getvalue()
+
+    (tmp_path / "runs").mkdir()
+    code, out, err = run("--table-only")
+    assert (code, err) == (0, "")
+    assert "0 of 6 runs are there" in out
+    assert "kdiffusion_guide waits" in out
+    rows_of = {row.name: row for row in load_table(str(tmp_path / "mine.yaml")).rows}
+    assert rows_of["kd"].weights is None, "the default stays until there is a choice"
+
+    assert run()[0] == 0
+    text = (tmp_path / "mine.yaml").read_text()
+    table = load_table(str(tmp_path / "mine.yaml"))
+    rows_of = {row.name: row for row in table.rows}
+    weights = rows_of["kdiffusion_guide"].weights
+    assert isinstance(weights, dict)
+    assert weights["progressive"] == rows_of["kdiffusion_multi"].weights["progressive"]  # type: ignore[index, call-overload]
+    assert set(weights) == {"progressive", "guide"}
+    assert "record " in rows_of["kd"].source
+    assert "defaults" not in table.note
+    kept = sorted(path.parent.name for path in (tmp_path / "results" / "mine_weights").glob("*/result.json"))
+    assert len(kept) == 6
+    assert not list((tmp_path / "results").rglob("*.safetensors"))
+
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/result.json")}
+    assert run()[0] == 0, "a second call trains nothing"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/result.json")} == made
+    assert (tmp_path / "mine.yaml").read_text() == text
+    for path in (tmp_path / "runs").glob("*/result.json"):
+        path.unlink()
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    (tmp_path / "results" / "mine_weights").rename(tmp_path / "runs")
+    assert run("--table-only")[0] == 0
+    assert (tmp_path / "mine.yaml").read_text() == text, "the records that are kept are enough"
+
+
+def test_wrong_input_is_a_sentence(tmp_path: Path) -> None:
+    err = io.StringIO()
+    assert main(["--search", str(tmp_path / "missing.yaml")], Console(io.StringIO(), err)) == 2
+    assert err.getvalue().startswith("choose_weights.py: ")
+    assert err.getvalue().count("\n") == 1
