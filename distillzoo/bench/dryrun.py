@@ -1,4 +1,4 @@
-"""What a plan will cost, measured before it is spent: ten real steps of every kind of group."""
+"""What a plan will cost, measured before it is spent: a few real steps of every kind of group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import resource
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ __all__ = ["Cost", "estimate", "measure"]
 
 _WARM_UP, _STEPS, _EVAL_BATCHES = 2, 10, 3
 _MOST_FLOPS = 2e12  # of a step that a CPU is asked for: some minute's work of a core, and memory to match
+_PATIENCE = 10.0  # seconds; whoever takes longer is measured over fewer steps, after the first
 
 
 class _Clock(Observer):
@@ -33,12 +34,15 @@ class _Clock(Observer):
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.start = time.perf_counter()
         self.step_seconds = 0.0
 
     def on_step(self, report: StepReport) -> None:  # noqa: ARG002 - the interface of an observer
         self.times.append(time.perf_counter())
-        if len(self.times) > _WARM_UP + _STEPS:
-            steps = [after - before for before, after in itertools.pairwise(self.times[_WARM_UP:])]
+        slow = len(self.times) > 1 and self.times[-1] - self.start > _PATIENCE
+        if len(self.times) > _WARM_UP + _STEPS or slow:
+            first = min(_WARM_UP, len(self.times) - 2)
+            steps = [after - before for before, after in itertools.pairwise(self.times[first:])]
             self.step_seconds = sum(steps) / len(steps)
             raise EnoughError
 
@@ -78,7 +82,7 @@ def measure(task: GroupTask) -> Cost:
 
 
 def _measure(task: GroupTask) -> Cost:
-    """Run ten real steps of a group's main phase and a few batches of its evaluation, and extrapolate."""
+    """Run up to ten real steps of a group's main phase and a few batches of its evaluation, and extrapolate."""
     clock = _Clock()
     _reset_peak(task.device)
     trainer = task.trainer(clock)
@@ -99,12 +103,15 @@ def _measure(task: GroupTask) -> Cost:
 
 def _evaluation_seconds(trainer: Trainer, task: GroupTask) -> float:
     """Measure a batch of the evaluation of all members."""
-    loader = _FirstBatches(trainer.evaluation, _EVAL_BATCHES)
     for member in trainer.members.values():
         member.distiller.eval()
+    predict = {name: member.predict for name, member in trainer.members.items()}
     start = time.perf_counter()
-    evaluate_all({name: member.predict for name, member in trainer.members.items()}, loader, task.config, task.device)
-    return (time.perf_counter() - start) / len(loader)
+    batches = 0
+    while batches < _EVAL_BATCHES and (not batches or time.perf_counter() - start < _PATIENCE):
+        evaluate_all(predict, _FirstBatches(trainer.evaluation, 1), task.config, task.device)
+        batches += 1
+    return (time.perf_counter() - start) / batches
 
 
 def _reset_peak(device: torch.device) -> None:
@@ -129,22 +136,27 @@ def _peak(device: torch.device) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
-def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.device) -> str:
+def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.device, say: Callable[[str], None]) -> str:
     """Return a table of what every missing teacher and every group will cost on this machine.
 
     Args:
         groups: What is left to run.
         teachers: Which teachers are there.
         device: Where it would run.
+        say: Told what is being measured.
     """
     jobs = {group.teacher.id: group.teacher for group in groups if group.teacher is not None}
     missing = [job for job in jobs.values() if not job.imported and teachers.find(job) is None]
-    entries = [(f"teacher {job.name}", 1, measure(teachers.task(job, device))) for job in missing]
+    entries: list[tuple[str, int, Cost]] = []
+    for job in missing:
+        say(f"Measuring teacher {job.name} ...")
+        entries.append((f"teacher {job.name}", 1, measure(teachers.task(job, device))))
     measured: dict[str, Cost] = {}
     for group in groups:
         rows = [(run.row.name, run.row.point) for run in group.runs]
         key = repr((group.pair, group.config, id(group.data), rows))
         if key not in measured:
+            say(f"Measuring {group.pair}, {len(group.runs)} members ...")
             measured[key] = _group_cost(group, device)
         entries.append((f"{group.pair} seed {group.seed}", len(group.runs), measured[key]))
     lines = [
@@ -163,7 +175,9 @@ def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.devi
     total = sum(cost.minutes for _, _, cost in entries)
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     table = as_text(["group", "members", "steps", "ms/step", "minutes", "peak MiB", "TFLOP/step", "hours"], lines)
-    how = f"measured over {_STEPS} steps of every kind of group; nothing was written"
+    runs = sum(len(group.runs) for group in groups)
+    cells = len({(str(group.pair), run.row.label) for group in groups for run in group.runs})
+    how = f"measured over at most {_STEPS} steps of every kind of group; nothing was written"
     tried = sorted({size for _, _, cost in entries for size in cost.tried})
     small = (
         f" Steps above {_MOST_FLOPS / 1e12:g} TFLOP: time and memory are told from batches of {tried[0]} and {tried[1]}."
@@ -171,7 +185,7 @@ def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.devi
         else ""
     )
     data = "".join(f"\n{text}." for text in dict.fromkeys(group.data.description for group in groups))
-    return f"{table}\n\nIn all {total:.1f} minutes on {where}, {how}.{small}{data}"
+    return f"{table}\n\nIn all {total:.1f} minutes for {cells} cells of {runs} runs on {where}, {how}.{small}{data}"
 
 
 def _group_cost(group: Group, device: torch.device) -> Cost:

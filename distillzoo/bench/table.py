@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from distillzoo.bench.plan import Cell, Plan, TeacherJob
-from distillzoo.bench.recipe import Pair, Recipe
+from distillzoo.bench.captions import Results, TeacherInfo, figures_by_seed, pair_caption, table_caption
+from distillzoo.bench.plan import Cell, Plan
+from distillzoo.bench.recipe import Pair
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
 from distillzoo.bench.rows import Row
 
-__all__ = ["Block", "Line", "Table", "make_table", "protocol_note"]
+__all__ = ["NOT_APPLICABLE", "Block", "Line", "Table", "make_table"]
 
-Results = Mapping[str, Mapping[str, Any]]
-TeacherInfo = Callable[[TeacherJob], Mapping[str, Any] | None]
+NOT_APPLICABLE = "not applicable"
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Line:
         best: Accuracy of the best epoch, by seed.
         against: Difference to the baseline by seed, for the seeds that both have.
         published: Published figures with their source.
+        protocols: By source, under which other protocol its figure came about.
         missing: Why seeds are missing, where that is known.
     """
 
@@ -37,6 +37,7 @@ class Line:
     best: Mapping[int, float]
     against: Mapping[int, float]
     published: tuple[tuple[str, float], ...] = ()
+    protocols: Mapping[str, str] = field(default_factory=dict)
     missing: str = ""
 
     def spreads(self) -> tuple[Spread, Spread, Spread]:
@@ -48,6 +49,15 @@ class Line:
         n = len(self.last)
         return str(n) if n == self.asked else f"{n} of {self.asked}"
 
+    def beside(self, source: str) -> str:
+        """Return a source's figure, with our mean less it in brackets; a star says that it is from another protocol."""
+        value = dict(self.published).get(source)
+        if value is None:
+            return "-"
+        mean = self.spreads()[0].mean
+        ours = "" if mean is None else f" ({mean - value:+.2f})"
+        return f"{value:.2f}{'*' if source in self.protocols else ''}{ours}"
+
 
 @dataclass(frozen=True)
 class Block:
@@ -56,7 +66,7 @@ class Block:
     Args:
         pair: The networks.
         lines: The rows.
-        caption: What must be known to read them.
+        caption: What must be known of this pair to read them.
         cut: Accuracy of a teacher whose head was cut to the classes, measured before any student trained.
     """
 
@@ -80,12 +90,24 @@ class Table:
         baseline: Title of the row that others are compared with.
         baseline_name: Its name.
         blocks: One a pair.
+        caption: What must be known to read any of them.
     """
 
     title: str
     baseline: str
     baseline_name: str
     blocks: tuple[Block, ...]
+    caption: str = ""
+
+    @property
+    def count(self) -> str:
+        """How many cells (rows of pairs) have all their seeds, and how many runs there are; empty for one pair without gaps."""
+        lines = [line for block in self.blocks for line in block.lines if line.missing != NOT_APPLICABLE]
+        done = sum(len(line.last) == line.asked for line in lines)
+        runs, asked = sum(len(line.last) for line in lines), sum(line.asked for line in lines)
+        if done == len(lines) and len(self.blocks) == 1:
+            return ""
+        return f"{done} of {len(lines)} cells are there ({runs} of {asked} runs)."
 
     def _cells(self, block: Block) -> tuple[list[str], list[list[str]]]:
         sources = list(dict.fromkeys(label for line in block.lines for label, _ in line.published))
@@ -94,7 +116,6 @@ class Table:
         for line in block.lines:
             last, best, against = line.spreads()
             empty = line.missing or "missing"
-            figures = dict(line.published)
             lines.append(
                 [
                     line.row.title,
@@ -102,7 +123,7 @@ class Table:
                     best.text() if best.n else "-",
                     "-" if line.row.name == self.baseline_name else against.text(signed=True),
                     line.count(),
-                    *(f"{figures[label]:.2f}" if label in figures else "-" for label in sources),
+                    *(line.beside(label) for label in sources),
                 ]
             )
         return header, lines
@@ -113,14 +134,17 @@ class Table:
         for block in self.blocks:
             parts.append(f"{self.title}: {block.teacher} -> {block.pair.student}\n\n{as_text(*self._cells(block))}")
             parts.append(block.caption)
-        return "\n\n".join(parts)
+        return "\n\n".join([*parts, self._foot()] if len(self.blocks) > 1 else [*parts[:-1], f"{parts[-1]} {self._foot()}"])
+
+    def _foot(self) -> str:
+        return " ".join(part for part in (self.count, self.caption) if part)
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
         parts = [f"## {self.title}"]
         for block in self.blocks:
             parts += [f"### {block.teacher} → {block.pair.student}", as_markdown(*self._cells(block)), block.caption]
-        return "\n\n".join(parts) + "\n"
+        return "\n\n".join([*parts, self._foot()]) + "\n"
 
     def csv(self) -> str:
         """Return one line a pair and row, with every seed's figure."""
@@ -142,6 +166,7 @@ class Table:
             f"vs_{self.baseline_name}_sd": against.sd,
             **{f"last_seed_{seed}": value for seed, value in line.last.items()},
             **{f"published_{label}": value for label, value in line.published},
+            **{f"minus_{label}": last.mean - value for label, value in line.published if last.mean is not None},
         }
 
 
@@ -159,33 +184,32 @@ def make_table(plan: Plan, results: Results, teacher_info: TeacherInfo, reasons:
     blocks = []
     for pair in dict.fromkeys(cell.pair for cell in plan.cells):
         cells = [cell for cell in plan.cells if cell.pair == pair]
-        reference = _figures([cell for cell in cells if cell.row.name == plan.table.baseline], results, "last_accuracy")
+        reference = figures_by_seed([cell for cell in cells if cell.row.name == plan.table.baseline], results, "last_accuracy")
         rows = {cell.row.name: cell.row for cell in cells}
         lines = []
         for row in rows.values():
             own = [cell for cell in cells if cell.row.name == row.name]
-            last = _figures(own, results, "last_accuracy")
+            last = figures_by_seed(own, results, "last_accuracy")
             lines.append(
                 Line(
                     row,
                     len(own),
                     last,
-                    _figures([cell for cell in own if cell.seed in last], results, "best_accuracy"),
+                    figures_by_seed([cell for cell in own if cell.seed in last], results, "best_accuracy"),
                     {seed: value - reference[seed] for seed, value in last.items() if seed in reference},
                     tuple(plan.table.published_figures(row.name, pair)),
+                    plan.table.published_protocols(row.name),
                     _missing(own, results, reasons or {}),
                 )
             )
         info = teacher_info(cells[0].teacher) or {}
         cut = info["accuracy"] if info.get("head") == "slice" else None
-        blocks.append(Block(pair, tuple(lines), _caption(plan, cells, results, teacher_info, reasons or {}), cut))
-    heading = plan.table.title if plan.table.name == plan.recipe.dataset else plan.recipe.dataset
-    return Table(heading, title, plan.table.baseline, tuple(blocks))
-
-
-def _figures(cells: list[Cell], results: Results, key: str) -> dict[int, float]:
-    found = {cell.seed: results[cell.run.id].get(key) for cell in cells if cell.run.id in results}
-    return {seed: float(value) for seed, value in found.items() if value is not None}
+        blocks.append(Block(pair, tuple(lines), pair_caption(cells, results, teacher_info, reasons or {}), cut))
+    dataset = plan.recipe.dataset
+    heading = plan.table.title if plan.table.name == dataset or plan.table.name.startswith(f"{dataset}_") else dataset
+    return Table(
+        heading, title, plan.table.baseline, tuple(blocks), table_caption(plan, [line for block in blocks for line in block.lines])
+    )
 
 
 def _missing(cells: list[Cell], results: Results, reasons: Mapping[str, str]) -> str:
@@ -193,47 +217,4 @@ def _missing(cells: list[Cell], results: Results, reasons: Mapping[str, str]) ->
     ended = [state for state in states if state != "done"]
     if ended:
         return str(ended[0])
-    return "not applicable" if any(cell.run.id in reasons for cell in cells) else ""
-
-
-def protocol_note(recipe: Recipe) -> str:
-    """Say by which recipe the numbers came, and that only the published protocol compares with published figures."""
-    count = f"{len(recipe.seeds)} seed{'s' if len(recipe.seeds) != 1 else ''}"
-    short = recipe.name.removeprefix(f"{recipe.dataset}_")
-    short = short.upper() if short == "cpu" else short
-    changed = f" with {', '.join(recipe.changed)} changed" if recipe.changed else ""
-    if recipe.comparable and not changed:
-        return f"Recipe {short}, {count}."
-    return f"{short} recipe{changed}, {count}: not comparable with published figures."
-
-
-def _caption(plan: Plan, cells: list[Cell], results: Results, teacher_info: TeacherInfo, reasons: Mapping[str, str]) -> str:
-    pair, recipe = cells[0].pair, plan.recipe
-    data = cells[0].run.data
-    info = teacher_info(cells[0].teacher)
-    teacher = (
-        f"teacher {pair.teacher} not made"
-        if info is None
-        else (f"teacher {pair.teacher} {info['accuracy']:.2f} % ({info['parameters']:,} parameters)")
-    )
-    sizes = [results[cell.run.id].get("parameters") for cell in cells if cell.run.id in results]
-    size = next((f" ({value:,} parameters)" for value in sizes if value), "")
-    counts = sorted(
-        {
-            len(_figures([c for c in cells if c.row.name == name], results, "last_accuracy"))
-            for name in {cell.row.name for cell in cells}
-        }
-    )
-    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    sentences = [
-        f"{data.description} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
-        f"over n = {n} seed{'s' if n != '1' else ''}; {teacher}, student {pair.student}{size}.",
-        f"Differences to {plan.table.baseline} are paired over seeds; differences inside the spread mean nothing. The best epoch "
-        "is chosen on the evaluation images and so flatters.",
-        protocol_note(recipe),
-        recipe.note.strip(),
-        *sorted({f"Not applicable: {cell.row.title} ({reasons[cell.run.id]})" for cell in cells if cell.run.id in reasons}),
-    ]
-    if n == "1":
-        sentences.insert(2, "One seed ranks nothing.")
-    return " ".join(sentence for sentence in sentences if sentence)
+    return NOT_APPLICABLE if any(cell.run.id in reasons for cell in cells) else ""
