@@ -17,6 +17,7 @@ from distillzoo.types import Stage
 
 __all__ = ["classifier_input", "declared_stages", "find_stages", "resolve_stages"]
 
+_ENOUGH_STAGES = 3
 _MOST_STAGES = 4  # feature_info lists stems as well: of a longer list the last four are the stages
 
 
@@ -127,15 +128,17 @@ def _pools(call: Call | None) -> bool:
 def _from_resolutions(module: nn.Module, probe: Probe) -> tuple[Stage, ...]:
     """The end of the trunk at each of its last four resolutions, or four evenly spaced blocks where there is but one.
 
-    The trunk are the tensors that everything passes on its way from the images to the logits; where branches run side by side
-    throughout, all that reaches the logits. A resolution at which nothing but a pooling or the first op works is no stage.
+    The trunk are the tensors that everything passes on its way from the images to the logits. Where it has one or two resolutions,
+    branches may run side by side at others: the last tensor of each of those is taken as well. A resolution at which nothing but a
+    pooling or the first op works is no stage.
     """
     run = probe.dry_run
-    for nodes in (run.trunk, run.depths):
-        groups = _by_size(module, probe, run, nodes)
-        if len(groups) > 1:
-            return tuple(Stage(path=_end(module, probe, group)) for group in groups[-_MOST_STAGES:])
-    groups = _by_size(module, probe, run, run.trunk) or _by_size(module, probe, run, run.depths)
+    trunk = _by_size(module, probe, run, run.trunk)
+    found = trunk if len(trunk) >= _ENOUGH_STAGES else _by_size(module, probe, run, run.depths) | trunk
+    sizes = sorted(found, key=lambda size: -size[0] * size[1])
+    if len(sizes) > 1:
+        return tuple(Stage(path=_end(module, probe, found[size])) for size in sizes[-_MOST_STAGES:])
+    groups = [*trunk.values(), *found.values()][:1]
     if not groups:
         return ()
     blocks: dict[tuple[str, type[nn.Module]], list[str]] = {}
@@ -149,8 +152,8 @@ def _from_resolutions(module: nn.Module, probe: Probe) -> tuple[Stage, ...]:
 def _end(module: nn.Module, probe: Probe, group: list[Call]) -> str:
     """The path of the last call of a group that does not lie inside the block that makes the maps smaller.
 
-    A block whose stride comes after its first op (an inverted residual) holds maps of the size before; they belong to it. A module
-    that does more at that size holds whole blocks and is none itself.
+    A block whose stride comes after its first op or after a norm (an inverted residual, a pre-norm transformer) holds maps of the
+    size before; they belong to it. A module that does more at that size holds whole blocks and is none itself.
     """
     run, path = probe.dry_run, group[-1].path
 
@@ -163,23 +166,24 @@ def _end(module: nn.Module, probe: Probe, group: list[Call]) -> str:
         call = run.last(outer)
         if call is None or size(call.argument) != here or size(call.shape) == here:
             continue
-        ops = sum(c.has_weights and c.path.startswith(f"{outer}.") and size(c.shape) == here for c in run.calls)
+        before = run.calls[: run.calls.index(group[-1]) + 1]
+        ops = sum(c.has_weights and c.path.startswith(f"{outer}.") and size(c.shape) == here for c in before)
         outside = [call for call in group if not call.path.startswith(f"{outer}.")]
-        if ops == 1 and outside:
+        if ops <= 1 and outside:
             return outside[-1].path
     return path
 
 
-def _by_size(module: nn.Module, probe: Probe, run: DryRun, nodes: Mapping[Node, int] | set[Node]) -> list[list[Call]]:
+def _by_size(
+    module: nn.Module, probe: Probe, run: DryRun, nodes: Mapping[Node, int] | set[Node]
+) -> dict[tuple[int, int], list[Call]]:
     """The calls whose outputs are among the nodes, by size, largest first; the outermost of those that return the same."""
-    behind = min((run.depths[head.node] for head in _heads(run) if head.node is not None), default=len(run.depths))
+    behind = run.after(head.node for head in _heads(run))
     groups: dict[tuple[int, int], dict[Node, Call]] = {}
     ops: dict[tuple[int, int], int] = {}
     for call in run.calls:
         size = None if call.shape is None or not call.path else map_size(module, probe.data, call.shape)
-        if (
-            size is None or call.node is None or run.depths.get(call.node, behind) >= behind
-        ):  # the classifier's own maps are no stage
+        if size is None or call.node not in run.depths or call.node in behind:  # the classifier's own maps are no stage
             continue
         ops[size] = ops.get(size, 0) + call.has_weights
         if call.node in nodes and size[0] * size[1] > 1:
@@ -190,7 +194,7 @@ def _by_size(module: nn.Module, probe: Probe, run: DryRun, nodes: Mapping[Node, 
     kept = [size for size in sorted(groups, key=lambda size: -size[0] * size[1]) if ops[size]]
     if len(kept) > 1 and ops[kept[0]] == 1:
         del kept[0]  # a stem: one op on the images
-    return [list(groups[size].values()) for size in kept]
+    return {size: list(groups[size].values()) for size in kept}
 
 
 def classifier_input(module: nn.Module, probe: Probe) -> str | None:

@@ -140,7 +140,10 @@ def _has_aspect(size: Sequence[int], data: DataSpec) -> bool:
 
 
 def map_size(module: nn.Module, data: DataSpec, shape: Sequence[int]) -> tuple[int, int] | None:
-    """Return height and width of a tensor that can be read as maps, or None."""
+    """Return height and width of a tensor that can be read as maps, or None.
+
+    One of four dimensions must have the image's aspect: one that does not holds windows, heads or the like.
+    """
     try:
         view = as_view(module, data, shape)
     except TapError:
@@ -149,4 +152,5 @@ def map_size(module: nn.Module, data: DataSpec, shape: Sequence[int]) -> tuple[i
         return None
     if view.layout == "tokens":
         return view.grid
-    return (shape[1], shape[2]) if view.layout == "nhwc" else (shape[2], shape[3])
+    size = (shape[1], shape[2]) if view.layout == "nhwc" else (shape[2], shape[3])
+    return size if _has_aspect(size, data) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from distillzoo.types import DataSpec
 __all__ = ["Call", "DryRun", "Probe", "split_path"]
 
 _IMAGES = 2
+_TORCHS_OWN = vars(nn.Module()).keys()  # parameters, buffers, children, hooks
 
 
 def split_path(path: str) -> tuple[str, Literal["input", "output", "activation"]]:
@@ -53,13 +55,14 @@ class Probe:
 
     @contextmanager
     def evaluating(self, *, dropping: bool = False) -> Iterator[None]:
-        """Run the block in eval mode without gradients; training flags, buffers and generators are put back as they were.
+        """Run the block in eval mode without gradients; flags, buffers, caches and generators are put back as they were.
 
         Args:
             dropping: Whether dropout that works in place is switched on: it overwrites what it reads, and only then.
         """
         flags = [(child, child.training) for child in self.module.modules()]
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        caches = [(child, _plain_state(child)) for child in self.module.modules()]
         self.module.eval()
         for child in self.overwriting_dropouts() if dropping else ():
             child.training = True
@@ -71,6 +74,8 @@ class Probe:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+            for child, cached in caches:
+                _put_back(child, cached)
             for child, flag in flags:
                 child.training = flag
 
@@ -99,6 +104,26 @@ class Probe:
     def dry_run(self) -> DryRun:
         """One run of the dry batch."""
         return DryRun(self)
+
+
+def _plain_state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """What a module keeps in plain attributes, each with a copy where it is a dictionary or a list."""
+    own = {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
+    return {name: (value, copy.copy(value) if type(value) in (dict, list) else None) for name, value in own.items()}
+
+
+def _put_back(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
+    """Undo what a run left there: some keep what they computed in eval mode, with the graph of that run, which nobody can copy."""
+    for name in vars(module).keys() - before.keys() - _TORCHS_OWN:
+        delattr(module, name)
+    for name, (value, held) in before.items():
+        if vars(module).get(name) is not value:
+            object.__setattr__(module, name, value)
+        if isinstance(held, dict):
+            value.clear()
+            value.update(held)
+        elif held is not None:
+            value[:] = held
 
 
 @dataclass(eq=False)
@@ -213,6 +238,14 @@ class DryRun:
                 reached = [depth for parent in parents if (depth := depths[parent]) is not None]
                 depths[node] = 1 + max(reached) if reached else None  # None: made of parameters alone
         return dict(sorted(((n, d) for n, d in depths.items() if d is not None), key=lambda item: item[1]))
+
+    def after(self, nodes: Iterable[Node | None]) -> set[Node]:
+        """Return the nodes, and every node that is made of one of them."""
+        found = {node for node in nodes if node is not None}
+        for node in self.depths:  # what a node is made of comes before it
+            if any(parent in found for parent, _ in node.next_functions):
+                found.add(node)
+        return found
 
     @cached_property
     def trunk(self) -> set[Node]:

@@ -1,0 +1,130 @@
+"""Networks whose stages a dry run must find where blocks return no maps, run side by side, or begin with a norm."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distillzoo.stages import Probe, classifier_input, find_stages
+from distillzoo.taps import Tapped
+from distillzoo.types import DataSpec
+
+DATA = DataSpec(5, (32, 32))
+
+
+def found(module: nn.Module) -> list[str]:
+    return [stage.path for stage in find_stages(module, Probe(module, DATA))]
+
+
+def convs(*widths: int, stride: int = 2) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for number, (before, after) in enumerate(pairwise(widths)):
+        layers += [nn.Conv2d(before, after, 3, 1 if number else stride, 1), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def test_windows_are_no_maps():
+    import torchvision
+
+    network = torchvision.models.MaxVit((32, 32), 8, 2, [8, 16], [1, 1], 4, 0.0, num_classes=5)  # windows of 2x2, (B, 16, 4, C)
+    assert found(network) == ["stem", "blocks.0", "blocks.1"]
+
+
+class TwoHeads(nn.Module):
+    """Two networks side by side, the second deeper, whose logits are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shallow, self.deep = convs(3, 4, 4), convs(3, 4, 4, 4, 4, 4, 4, stride=4)
+        self.heads = nn.ModuleList([nn.Linear(4, 5), nn.Linear(4, 5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.shallow(x).mean((2, 3)), self.deep(x).mean((2, 3))
+        return self.heads[0](first) + self.heads[1](second)
+
+
+def test_of_two_heads_the_shorter_way_hides_nothing_of_the_longer():
+    assert found(TwoHeads()) == ["shallow", "deep"]
+    assert classifier_input(TwoHeads(), Probe(TwoHeads(), DATA)) is None  # neither is declared the first
+
+
+class Reducing(nn.Module):
+    """A block that norms what it takes, and makes maps smaller behind two ops side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.main, self.side = nn.GroupNorm(1, 4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return F.avg_pool2d(self.main(x) + self.side(x), 2)
+
+
+def test_the_norm_that_a_reducing_block_begins_with_ends_no_stage():
+    body = nn.Sequential(convs(3, 4, 4), Reducing(), nn.Conv2d(4, 4, 1), Reducing(), nn.Conv2d(4, 4, 1))
+    network = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    assert found(network) == ["0.0", "0.2", "0"]
+
+
+class SideBySide(nn.Module):
+    """Three resolutions side by side, which everything passes in the first and the last alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.halved, self.quarter = convs(3, 4, 4), convs(4, 4, 4), convs(4, 4, 4, stride=4)
+        self.last, self.head = nn.Conv2d(12, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        half, quarter = self.halved(x), self.quarter(x)
+        joined = torch.cat([F.avg_pool2d(x, 4), F.avg_pool2d(half, 2), quarter], 1)
+        logits: Tensor = self.head(self.last(joined).mean((2, 3)))
+        return logits
+
+
+def test_resolutions_that_run_side_by_side_are_stages_too():
+    made = Tapped(SideBySide(), DATA)
+    assert [stage.path for stage in made.stages] == ["stem", "halved", "last"]
+    assert made.shapes["stage2"] == (4, 8, 8)
+
+
+class Caching(nn.Module):
+    """Keeps what it computes in eval mode, as attention with relative positions does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = convs(3, 4, 4), nn.Linear(4, 5)
+        self.biases = nn.Parameter(torch.randn(2, 4))
+        self.by_device: dict[str, Tensor] = {}
+        self.each: list[Tensor] = []
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.by_device.clear()
+        bias = self.by_device.get("cpu", self.biases.sum(0))
+        if not self.training:
+            self.by_device["cpu"] = bias
+            self.each.append(bias)
+            self.kept = self.new = bias
+        logits: Tensor = self.head(self.conv(x).mean((2, 3)) + bias)
+        return logits
+
+
+@pytest.mark.parametrize("given", [None, torch.ones(4)])
+def test_a_dry_run_leaves_nothing_in_a_networks_caches(given):
+    network = Caching()
+    if given is not None:
+        network.by_device["cpu"], network.kept = given, given
+        network.each.append(given)
+    Tapped(network, DATA)
+    expected = [] if given is None else [given]
+    assert list(network.by_device.values()) == network.each == expected
+    assert network.kept is given
+    assert not hasattr(network, "new")
+    copy.deepcopy(network)  # a tensor with a graph could not be
