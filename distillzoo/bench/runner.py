@@ -19,9 +19,11 @@ from distillzoo.bench.recording import describe_classes, metrics_line, save_weig
 from distillzoo.bench.records import RecordStore
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.bench.training import forward_cost, student_task
+from distillzoo.bench.views import view_spec
 from distillzoo.data import DataSet
 from distillzoo.engine import MemberResult, TrainConfig
 from distillzoo.errors import DistillZooError, OptionError, UnsupportedPairError
+from distillzoo.types import DataSpec
 
 __all__ = ["SerialRunner", "check_groups"]
 
@@ -214,12 +216,13 @@ class _Costs:
     """Estimated seconds of the parts of a plan, for the bar."""
 
     def __init__(self) -> None:
-        self._forward: dict[tuple[str, int, int], float] = {}
+        self._forward: dict[tuple[str, int, tuple[int, int], int], float] = {}
 
-    def forward(self, name: str, data: DataSet, config: TrainConfig) -> float:
-        key = (name, id(data), config.batch_size)
+    def forward(self, name: str, data: DataSet, config: TrainConfig, seen: DataSpec | None = None) -> float:
+        seen = seen or data.spec
+        key = (name, id(data), seen.input_size, config.batch_size)
         if key not in self._forward:
-            self._forward[key] = forward_cost(make_network(name, data, 0, "student"), data, config.batch_size)
+            self._forward[key] = forward_cost(make_network(name, data, 0, "student"), seen, config.batch_size)
         return self._forward[key]
 
     @staticmethod
@@ -232,7 +235,9 @@ class _Costs:
         return self.steps(job.data, job.config) * self.forward(job.name, job.data, job.config) * (1 + _BACKWARD)
 
     def shared(self, group: Group) -> float:
-        return 0.0 if group.teacher is None else self.forward(group.pair.teacher, group.data, group.config)
+        if group.teacher is None:
+            return 0.0
+        return self.forward(group.pair.teacher, group.data, group.config, view_spec(group.teacher.view, group.data.spec))
 
     def member(self, group: Group) -> float:
         return self.forward(group.pair.student, group.data, group.config) * (1 + _BACKWARD)

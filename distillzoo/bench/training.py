@@ -18,6 +18,7 @@ from distillzoo.distiller import Distiller
 from distillzoo.engine import MemberResult, Observer, TrainConfig, Trainer
 from distillzoo.errors import RecordError
 from distillzoo.taps import Teacher
+from distillzoo.types import DataSpec
 
 __all__ = ["GroupTask", "forward_cost", "student_task"]
 
@@ -25,7 +26,7 @@ _FLOPS_A_SECOND = 2e10  # of a small network on a CPU core or two: only the rati
 _SECONDS_A_MODULE = 2e-5
 
 
-def forward_cost(network: torch.nn.Module, data: DataSet, batch_size: int) -> float:
+def forward_cost(network: torch.nn.Module, data: DataSpec, batch_size: int) -> float:
     """Estimate the seconds of a forward pass: what the progress bar weighs steps with.
 
     Args:
@@ -35,7 +36,7 @@ def forward_cost(network: torch.nn.Module, data: DataSet, batch_size: int) -> fl
     """
     parameter = next(network.parameters(), None)
     device = None if parameter is None else parameter.device
-    images = torch.zeros((1, data.spec.channels, *data.spec.input_size), device=device)
+    images = torch.zeros((1, data.channels, *data.input_size), device=device)
     training = network.training
     network.eval()
     counter = FlopCounterMode(display=False)

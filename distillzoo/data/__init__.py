@@ -9,7 +9,7 @@ from distillzoo.data import synthetic as _synthetic  # noqa: F401
 from distillzoo.data.arrays import Augment, Split, crop_flip, normalise
 from distillzoo.data.base import DATASETS, SPLITS, DataSet, ResidentDataSet, SplitName, load_dataset, training_spec
 from distillzoo.data.class_lists import CLASS_LISTS, ClassList, find_class_list, imagenet_rows, imagenet_wnids
-from distillzoo.data.crops import CropViews
+from distillzoo.data.crops import CropViews, resize_each
 from distillzoo.data.folder import FolderDataSet, folder_from_tree
 from distillzoo.data.loader import ResidentLoader
 from distillzoo.data.packed import PackedDataSet
@@ -39,5 +39,6 @@ __all__ = [
     "normalise",
     "pack_folder",
     "read_tree",
+    "resize_each",
     "training_spec",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from distillzoo.bench import runner
 from distillzoo.bench.plan import make_plan
 from distillzoo.bench.recipe import apply_override, load_recipe, make_recipe
 from distillzoo.bench.rows import load_table
@@ -173,6 +174,16 @@ def test_a_teacher_that_is_trained_here_sees_what_it_was_trained_on(places: Path
         for view in ({}, {"mean": [0.1, 0.1, 0.1]})
     ]
     assert list(plans[0].runs) == list(plans[1].runs)
+
+
+def test_the_bar_weighs_a_teacher_at_its_own_size(places: Path, tmp_path: Path) -> None:
+    name = "timm/vit_tiny_patch16_224"  # runs at no other size
+    torch.save(create_model(name, num_classes=3).state_dict(), tmp_path / "vit.pt")
+    values = {**load_recipe(places / "tiny.yaml").as_dict(), "pairs": [f"{name}:tinycnn_8"], "methods": ["kd"]}
+    recipe = make_recipe({**values, "teacher_data": {"input_size": "declared"}})
+    images = load_dataset("folder", root=places / "photos", crop=16, workers=0)
+    (group,) = make_plan(recipe, load_table("digits"), lambda _: images, teacher_checkpoint=tmp_path / "vit.pt").groups()
+    assert runner._Costs().shared(group) > 100 * runner._Costs().member(group)
 
 
 def test_views() -> None:

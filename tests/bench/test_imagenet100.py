@@ -223,12 +223,11 @@ def make_imagenet(root: Path) -> Path:
 @pytest.mark.slow
 def test_the_whole_table_on_a_generated_copy(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_imagenet(tmp_path / "ImageNet")
-    ten = ["n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916", "n03417042", "n03425413"]
-    (tmp_path / "ten.txt").write_text("\n".join([*ten, "n03445777", "n03888257"]))
+    (tmp_path / "five.txt").write_text("n03888257\nn01440764\nn02102040\nn02979186\nn03000684\n")
     torch.manual_seed(0)
     torch.save(create_model("timm/swin_tiny_patch4_window7_224", num_classes=1000).state_dict(), tmp_path / "swin.pt")
     small = ["--data.crop", "64", "--data.workers", "0", "--student.batch_size", "8", "--epochs", "2", "--seeds", "0"]
-    common = ["--dataset", "imagenet100", "--data-root", str(root), "--class-list", str(tmp_path / "ten.txt"), *small]
+    common = ["--dataset", "imagenet100", "--data-root", str(root), "--class-list", str(tmp_path / "five.txt"), *small]
     weights = ["--teacher-checkpoint", str(tmp_path / "swin.pt"), "--output", str(tmp_path / "runs")]
     with monkeypatch.context() as patch:
         Stop(patch, 9)  # seven members: the second has begun its second epoch
