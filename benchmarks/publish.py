@@ -33,7 +33,7 @@ def copy_records(source: Path, name: str, with_teachers: bool) -> tuple[Path, in
     """Copy finished records to ``benchmarks/results/NAME``, and maybe their teachers to ``benchmarks/teachers``."""
     target = _HERE / "results" / name
     finished = sorted(path.parent for path in source.glob("*/result.json"))
-    for record in finished:
+    for record in [] if source.resolve() == target else finished:
         shutil.copytree(record, target / record.name, ignore=_LEFT_OUT, dirs_exist_ok=True)
     used = {(json.loads((record / "result.json").read_text()).get("teacher") or {}).get("id") for record in finished}
     for teacher in sorted(path.parent for path in source.glob("teachers/*/manifest.json")):

@@ -48,6 +48,10 @@ def table_caption(plan: Plan, lines: Sequence[Line]) -> str:
         lines: Its lines.
     """
     data = plan.cells[0].run.data
+    origins: dict[str, dict[str, None]] = {}
+    for line in lines:
+        if line.row.source:
+            origins.setdefault(line.row.source.partition(":")[0], {})[line.row.title] = None
     starred: dict[tuple[str, str], dict[str, None]] = {}
     for line in lines:
         for label, _ in line.published:
@@ -61,6 +65,7 @@ def table_caption(plan: Plan, lines: Sequence[Line]) -> str:
         protocol_note(plan.recipe),
         "In brackets: ours less the published figure." if any(line.published and line.last for line in lines) else "",
         *(f"* {label}'s {' and '.join(titles)}: {protocol}." for (label, protocol), titles in starred.items()),
+        *(f"Settings of {', '.join(titles)}: from {origin}." for origin, titles in origins.items()),
         plan.table.note.strip(),
         plan.recipe.note.strip(),
     ]

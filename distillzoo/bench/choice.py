@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from distillzoo.data import DataSet
 from distillzoo.errors import OptionError
 
 __all__ = ["Choice", "Search", "choose", "keep_records", "load_search", "table_file", "table_text"]
+
+HELD_OUT = "held-out images"
+"""Where chosen weights come from, as rows and captions say it."""
 
 _FIELDS = ("dataset", "recipe", "base", "table", "epochs", "seed", "rows")
 _ROW_FIELDS = ("term", "values", "like")
@@ -160,7 +164,7 @@ def choose(search: Search, options: Sequence[str], folders: Sequence[Path], cons
             choices[swept.row] = Choice(swept, _default(search, swept), {}, {}, {})
             console.say(f"{swept.row} waits: the weight of {swept.like} is not chosen yet.")
             continue
-        command = Command(parse_options([*arguments(search, swept, taken), *options]), folders, console, loaded)
+        command = Command(parse_options([*arguments(search, swept, taken), *options]), folders, console, loaded, show=False)
         code = max(code, command.run())
         choices[swept.row] = _choice(search, swept, command, taken)
     return list(choices.values()), code
@@ -212,12 +216,12 @@ def table_text(search: Search, choices: Sequence[Choice]) -> str:
         lines.append([*names, *cells, *[""] * (widest - len(cells)), chosen])
     done = sum(len(choice.accuracies) for choice in choices)
     asked = sum(len(choice.swept.values) for choice in choices)
-    return (
-        f"{as_text(header, lines)}\n\n"
+    said = (
         f"weight: top-1 in per cent on held-out training images, {search.dataset}, recipe {search.recipe}, {search.epochs} epochs, "
         f"seed {search.seed}. The highest is chosen, of equal ones the closest to the default; (end): a better one may lie beyond. "
         f"One seed and few epochs: neighbours mean nothing against each other. {done} of {asked} runs are there."
     )
+    return f"{as_text(header, lines)}\n\n{textwrap.fill(said, 120)}"
 
 
 def _cell(choice: Choice, value: float) -> str:
@@ -243,12 +247,8 @@ def table_file(search: Search, choices: Sequence[Choice], command: str) -> str:
         row = rows[choice.swept.row]
         row["weights"] = {**row.get("weights", {}), **choice.taken, choice.swept.term: choice.chosen}
         tried = ", ".join(f"{value:g}" for value in choice.swept.values)
-        row["source"] = f"the best of {tried} on held-out images; record {choice.ids[choice.chosen]}"
-    waiting = [choice.swept.row for choice in choices if choice.chosen is None]
-    note = f"Weights: the best of those tried for every method on held-out images ({search.epochs} epochs, one seed)"
-    note += f", but defaults for {', '.join(waiting)}." if waiting else "."
-    order = {**{key: value for key, value in table.items() if key != "rows"}, "note": note, "rows": rows}
-    return f"# Written from records, never by hand: {command}\n{dump_yaml(order)}"
+        row["source"] = f"{HELD_OUT}: the best of {tried} after {search.epochs} epochs; record {choice.ids[choice.chosen]}"
+    return f"# Written from records, never by hand: {command}\n{dump_yaml({**table, 'rows': rows})}"
 
 
 def keep_records(choices: Sequence[Choice], source: Path, target: Path) -> int:

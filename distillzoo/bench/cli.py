@@ -91,6 +91,7 @@ class Command:
         teacher_folders: Folders of teachers that are only read.
         console: What the user sees.
         loaded: Data sets that earlier calls have read, by what they were asked for; new ones are added.
+        show: Whether the view is printed and written at the end.
     Attributes:
         plan: What is run.
         results: Finished results by run id.
@@ -98,7 +99,13 @@ class Command:
     """
 
     def __init__(
-        self, options: Options, teacher_folders: Sequence[Path], console: Console, loaded: dict[str, DataSet] | None = None
+        self,
+        options: Options,
+        teacher_folders: Sequence[Path],
+        console: Console,
+        loaded: dict[str, DataSet] | None = None,
+        *,
+        show: bool = True,
     ) -> None:
         if options.recipe is None:
             raise OptionError("There is no recipe to run.")
@@ -113,6 +120,7 @@ class Command:
         readonly = options.action in ("dry-run", "table-only")
         self.store = RecordStore(options.output, console.warn, readonly=readonly)
         self.teachers = TeacherStore(self.store, teacher_folders)
+        self.show = show
         self._loaded = {} if loaded is None else loaded
         self.plan = self._plan()
         self.results: dict[str, dict[str, Any]] = {}
@@ -194,7 +202,8 @@ class Command:
             return DONE
         if action != "table-only":
             self.store.check_writable()
-        self._show(reasons)
+        if self.show:
+            self._show(reasons)
         diverged = any(result.get("status") != "done" for result in self.results.values())
         return FAILED if failed or diverged else DONE
 

@@ -33,7 +33,7 @@ class Row:
         options: Options of the method.
         weights: Weights by term, or the name of a preset.
         pairs: Options and weights that differ for some pair: ``{"vgg13:vgg8": {"options": {...}}}``.
-        source: Where the settings come from.
+        source: Where the settings come from; captions give what stands before a colon.
         extra: Whether it is run only where ``--methods`` names it.
         point: Values of the swept fields, by path.
     """

@@ -118,7 +118,7 @@ def test_from_nothing_to_the_table_file(call: Call, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     code, out, err = run("--table-only")
     assert (code, err) == (0, "")
-    assert "0 of 6 runs are there" in out
+    assert "0 of 6 runs are there" in " ".join(out.split())
     assert "kdiffusion_guide waits" in out
     rows_of = {row.name: row for row in load_table(str(tmp_path / "mine.yaml")).rows}
     assert rows_of["kd"].weights is None, "the default stays until there is a choice"
@@ -132,7 +132,6 @@ def test_from_nothing_to_the_table_file(call: Call, tmp_path: Path) -> None:
     assert weights["progressive"] == rows_of["kdiffusion_multi"].weights["progressive"]  # type: ignore[index, call-overload]
     assert set(weights) == {"progressive", "guide"}
     assert "record " in rows_of["kd"].source
-    assert "defaults" not in table.note
     kept = sorted(path.parent.name for path in (tmp_path / "results" / "mine_weights").glob("*/result.json"))
     assert len(kept) == 6
     assert not list((tmp_path / "results").rglob("*.safetensors"))

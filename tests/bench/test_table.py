@@ -151,6 +151,14 @@ def test_published_figures_stand_beside_ours_with_the_difference(tiny_data: Load
     assert rows[2]["minus_CRD paper"] == ""
 
 
+def test_the_caption_names_where_settings_come_from(tiny_data: Load, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("rows: {kd: {title: KD, source: 'held-out images: of 1 and 2'}, at: {source: held-out images}, vid: {}}")
+    recipe = make_recipe({**TINY, "methods": ["kd", "at", "vid"]})
+    caption = make_table(make_plan(recipe, load_table(str(path)), tiny_data), {}, lambda _: None).caption
+    assert "Settings of KD, at: from held-out images." in caption
+
+
 def test_an_empty_table_says_how_many_cells_it_lacks(tiny_data: Load) -> None:
     pairs = load_recipe(find_recipe("paper", "cifar100")).pairs
     recipe = make_recipe({**{key: value for key, value in TINY.items() if key != "methods"}, "pairs": pairs, "table": "cifar100"})
