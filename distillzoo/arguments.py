@@ -11,9 +11,9 @@ from distillzoo.errors import OptionError, ShapeError
 from distillzoo.registry import DISTILLERS
 from distillzoo.stages import Probe
 from distillzoo.taps import Tapped, Teacher
-from distillzoo.types import DataSpec
+from distillzoo.types import DataSpec, Stage
 
-__all__ = ["check_arguments", "check_classes", "measured_data"]
+__all__ = ["check_arguments", "check_classes", "measured_data", "tapped_student"]
 
 _GUESSED_SIZES = ((224, 224), (32, 32))
 
@@ -82,6 +82,28 @@ def measured_data(student: nn.Module, input_size: int | tuple[int, int] | None) 
     raise ShapeError(
         f"The student {type(student).__name__} does not run ({'; '.join(problems)}); pass input_size= in pixels, or data=."
     )
+
+
+def tapped_student(student: nn.Module, data: DataSpec, stages: Sequence[Stage | str] | Mapping[str, Stage | str] | None) -> Tapped:
+    """Wrap the student.
+
+    Args:
+        student: The network.
+        data: Size of the images.
+        stages: As for :class:`Tapped`.
+    Raises:
+        TapError: As for :class:`Tapped`.
+        ShapeError: If it does not run on images of that size, or returns no logits.
+    """
+    try:
+        return Tapped(student, data, stages=stages)
+    except (AssertionError, RuntimeError) as error:  # what networks raise for a size that they cannot take
+        height, width = data.input_size
+        raise ShapeError(
+            f"The student {type(student).__name__} does not run on {data.channels}-channel images of {height}x{width} "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); pass input_size= in pixels, or data= of "
+            "images that it takes."
+        ) from error
 
 
 def check_classes(student: Tapped, teacher: Teacher | None, num_classes: int | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import distillzoo.methods  # noqa: F401 - registers them
-from distillzoo.arguments import check_arguments, check_classes, measured_data
+from distillzoo.arguments import check_arguments, check_classes, measured_data, tapped_student
 from distillzoo.composition import Composition, Maker, composed_weights
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, unknown_name
@@ -93,12 +93,14 @@ def describe_distiller(
     preset = weights if isinstance(weights, str) else None
     if len(methods) == 1:
         ((member, method),) = methods.items()
-        values = preset_weights(method.weight_presets, preset, method.__name__)
-        known = {term: weight for presets in method.weight_presets.values() for term, weight in presets.items()} | values
+        presets = method.presets_with(described[member])
+        values = preset_weights(presets, preset, method.__name__)
+        known = {term: weight for each in presets.values() for term, weight in each.items()} | values
         chosen: dict[str, Any] = described[member]
     else:
         _by_term(weights)
-        defaults = {m: (preset_weights(method.weight_presets, None, m), method.composed_weights) for m, method in methods.items()}
+        presets_of = {m: method.presets_with(described[m]) for m, method in methods.items()}
+        defaults = {m: (preset_weights(presets_of[m], None, m), method.composed_weights) for m, method in methods.items()}
         values = known = composed_weights(defaults)
         chosen = dict(described)
     if weights is not None and not isinstance(weights, str):
@@ -195,7 +197,7 @@ def build_distiller(
     if data is not None and input_size is not None:
         raise OptionError(f"input_size {input_size} beside data, which says {data.input_size}; give one of them.")
     chosen = taps or {}
-    tapped = Tapped(student, spec, stages=chosen.get("student"))
+    tapped = tapped_student(student, spec, chosen.get("student"))
     teacher = as_teacher(teacher, spec, chosen.get("teacher"), teacher_data)
     check_classes(tapped, teacher, data.num_classes if data is not None else num_classes)
     seed = draw_seed(seed)

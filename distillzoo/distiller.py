@@ -104,6 +104,11 @@ class Distiller(nn.Module, ABC):
             batch: Images, targets and what else ``requires`` asks for.
         """
 
+    @classmethod
+    def presets_with(cls, options: Mapping[str, Any]) -> Mapping[str, Mapping[str, Weight]]:  # noqa: ARG003
+        """Return ``weight_presets`` as a method with these options has them, for records. Default: whatever the options."""
+        return cls.weight_presets
+
     def phases(self) -> Sequence[Phase]:
         """Return the phases of training; the last is the main one. Default: the main phase alone."""
         return (Phase(),)

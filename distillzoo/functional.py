@@ -5,6 +5,7 @@ from distillzoo.methods.crd import nce_loss
 from distillzoo.methods.diffkd import diffkd_logit_loss, diffusion_loss
 from distillzoo.methods.dkd import dkd_loss, nckd_loss, tckd_loss
 from distillzoo.methods.fitnet import hint_loss
+from distillzoo.methods.gpd import dynamic_teacher_loss
 from distillzoo.methods.kd import kd_loss
 from distillzoo.methods.kdiffusion import progressive_loss
 from distillzoo.methods.ofd import ofd_loss, ofd_margin
@@ -20,6 +21,7 @@ __all__ = [
     "diffkd_logit_loss",
     "diffusion_loss",
     "dkd_loss",
+    "dynamic_teacher_loss",
     "hierarchical_context_loss",
     "hint_loss",
     "kd_loss",

@@ -134,6 +134,11 @@ def test_a_network_that_runs_at_no_size_says_what_to_pass():
         build(student=Fixed(48), input_size=None)
 
 
+def test_a_student_that_does_not_take_the_images_of_the_data_is_a_sentence():
+    with pytest.raises(ShapeError, match=r"student Fixed does not run on 3-channel images of 16x16.*pass input_size="):
+        build(student=Fixed(48), data=tiny_data(), input_size=None)
+
+
 def test_a_given_spec_is_kept():
     data = tiny_data()
     assert build(data=data, input_size=None).data is data

@@ -367,28 +367,6 @@ def test_stages_are_paired_from_the_deep_end():
     assert pair_from_deep_end([], ["b1"]) == ()
 
 
-def test_a_tap_of_ones_own_is_measured_and_read():
-    made = Tapped(TinyNet(), DATA)
-    assert made.add_tap("stem", "stem") == "stem"
-    assert made.add_tap("stem", "stem") == "stem"
-    assert made.shapes["stem"] == (4, 16, 16)
-    made.request("stem")
-    made.module.eval()
-    assert torch.equal(made(IMAGES).features["stem"], made.module.stem(IMAGES))
-    with pytest.raises(OptionError, match="is 'stem' already"):
-        made.add_tap("stem", "head")
-    with pytest.raises(TapError, match=r"no module 'stm'.*stem"):
-        made.add_tap("other", "stm")
-    assert "other" not in made.shapes
-
-
-def test_a_tap_of_ones_own_does_not_spoil_the_others():
-    made = Tapped(TinyNet(), DATA)
-    made.add_tap("stem", "stem")
-    made.request("last.pre")
-    assert (made(IMAGES).features["stage3.pre"] < 0).any()
-
-
 def test_measuring_puts_back_a_buffer_that_a_forward_in_eval_mode_writes():
     class Counts(Plain):
         def __init__(self):

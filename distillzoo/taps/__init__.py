@@ -13,5 +13,6 @@ on the bare module by path; they record only while their own :class:`Tapped` run
 
 from distillzoo.taps.tapped import Tapped, pair_from_deep_end, remove_hooks
 from distillzoo.taps.teacher import Ensemble, OwnView, Teacher
+from distillzoo.taps.within import TappedWithin
 
-__all__ = ["Ensemble", "OwnView", "Tapped", "Teacher", "pair_from_deep_end", "remove_hooks"]
+__all__ = ["Ensemble", "OwnView", "Tapped", "TappedWithin", "Teacher", "pair_from_deep_end", "remove_hooks"]

@@ -37,6 +37,7 @@ class Tapped:
         shapes: Shape of every tap as it is handed out, without the batch dimension: ``(C, H, W)`` or ``(D,)``.
         num_classes: Width of the logits.
         restructured: Paths of the modules that a method has replaced.
+        autocast: Whether the last pass ran under autocast.
 
     Raises:
         TapError: If a tap does not exist or was not reached.
@@ -55,6 +56,7 @@ class Tapped:
         self.role = role
         self.data = data
         self.restructured: list[str] = []
+        self.autocast = False
         self._claimed = False
         self._recorder = Recorder()
         self._clones: set[str] = set()
@@ -216,6 +218,7 @@ class Tapped:
 
     def __call__(self, images: Tensor) -> Trace:
         """Run the network on ``(B, C, H, W)`` images and return logits and the requested features."""
+        self.autocast = torch.is_autocast_enabled(images.device.type)
         self._recorder.start()
         try:
             logits = self._watched(images, self._requested)
