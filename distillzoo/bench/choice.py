@@ -22,7 +22,7 @@ from distillzoo.bench.yamls import dump_yaml, read_yaml
 from distillzoo.data import DataSet
 from distillzoo.errors import OptionError
 
-__all__ = ["Choice", "Search", "choose", "keep_records", "load_search", "table_file", "table_text"]
+__all__ = ["Choice", "Search", "choose", "copy_records", "keep_records", "load_search", "table_file", "table_text", "write"]
 
 HELD_OUT = "held-out images"
 """Where chosen weights come from, as rows and captions say it."""
@@ -259,12 +259,21 @@ def keep_records(choices: Sequence[Choice], source: Path, target: Path) -> int:
         source: Folder of the records.
         target: Folder to keep them in.
     """
+    return copy_records([choice.ids[value] for choice in choices for value in choice.accuracies], source, target)
+
+
+def copy_records(ids: Sequence[str], source: Path, target: Path) -> int:
+    """Copy records without the students' weights; returns how many there are.
+
+    Args:
+        ids: Which.
+        source: Folder of the records.
+        target: Folder to keep them in.
+    """
     left_out: Callable[..., set[str]] = shutil.ignore_patterns("*.safetensors", "last.pt", ".*")
-    kept = [choice.ids[value] for choice in choices for value in choice.accuracies]
-    for run_id in kept:
-        if source.resolve() != target.resolve():
-            shutil.copytree(source / run_id, target / run_id, ignore=left_out, dirs_exist_ok=True)
-    return len(kept)
+    for run_id in ids if source.resolve() != target.resolve() else ():
+        shutil.copytree(source / run_id, target / run_id, ignore=left_out, dirs_exist_ok=True)
+    return len(ids)
 
 
 def write(path: Path, text: str) -> None:

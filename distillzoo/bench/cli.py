@@ -95,7 +95,7 @@ class Command:
     Attributes:
         plan: What is run.
         results: Finished results by run id.
-        view: What was shown at the end.
+        view: What the records make at the end.
     """
 
     def __init__(
@@ -202,8 +202,9 @@ class Command:
             return DONE
         if action != "table-only":
             self.store.check_writable()
+        self.view = self._made_view(reasons)
         if self.show:
-            self._show(reasons)
+            self._show(self.view)
         diverged = any(result.get("status") != "done" for result in self.results.values())
         return FAILED if failed or diverged else DONE
 
@@ -214,18 +215,16 @@ class Command:
             if result is not None:
                 self.results[run_id] = {**result, "environment": self.store.environment(record)}
 
-    def _show(self, reasons: Mapping[str, str]) -> None:
-        view: Table | SweepView
+    def _made_view(self, reasons: Mapping[str, str]) -> Table | SweepView:
         if self.options.axes:
-            view = SweepView(self.plan, self.options.axes, self.results)
-            name = "_".join(["sweep", self.recipe.name, *(axis.path.replace(".", "-") for axis in self.options.axes)])
-        else:
-            view = make_table(self.plan, self.results, self._teacher_info, reasons)
-            name = self.recipe.name
-        self.view = view
+            return SweepView(self.plan, self.options.axes, self.results)
+        return make_table(self.plan, self.results, self._teacher_info, reasons)
+
+    def _show(self, view: Table | SweepView) -> None:
         self.console.say("\n" + view.text() + "\n")
         if self.options.action != "smoke":
-            self._write(view, self.options.output, name)
+            axes = [axis.path.replace(".", "-") for axis in self.options.axes]
+            self._write(view, self.options.output, "_".join(["sweep", self.recipe.name, *axes] if axes else [self.recipe.name]))
 
     def _write(self, view: Table | SweepView, folder: Path, name: str) -> None:
         from distillzoo.bench.plot import plot_sweep, plot_table  # matplotlib takes a second to import

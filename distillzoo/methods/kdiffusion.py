@@ -115,7 +115,7 @@ class KDiffusion(Distiller):
     """
 
     chain: Tensor
-    weight_presets: ClassVar[Mapping[str, Mapping[str, Weight]]] = {"default": {"ce": 1.0, "progressive": 3.0, "guide": 1.0}}
+    weight_presets: ClassVar[Mapping[str, Mapping[str, Weight]]] = {"default": {"ce": 1.0, "progressive": 30.0, "guide": 1.0}}
 
     def __init__(
         self,
