@@ -17,7 +17,7 @@ from distillzoo.bench.plan import make_plan
 from distillzoo.bench.recipe import Pair, apply_override, load_recipe
 from distillzoo.bench.rows import load_table
 from distillzoo.data import find_class_list, imagenet_rows, imagenet_wnids, load_dataset
-from distillzoo.models import create_model
+from distillzoo.models import MODELS, create_model
 from tests.bench.conftest import Call, Stop, records
 from tests.data.pictures import fill
 
@@ -100,6 +100,22 @@ def test_a_sliced_teacher_is_the_whole_one_on_these_classes(places: Path, call: 
     heading = f"timm/test_resnet ({stored['accuracy']:.2f} %, head cut to these classes) -> tinycnn_8"
     assert heading in outcome.out
     assert heading.replace("->", "→") in (tmp_path / "tiny.md").read_text()
+
+
+def test_a_teacher_of_one_size_of_images_alone(places: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneSize(torch.nn.Sequential):  # as Swin is
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert images.shape[2:] == (32, 32), "this network reads images of 32x32 only"
+            return super().forward(images)
+
+    def one_size(num_classes: int) -> OneSize:
+        return OneSize(torch.nn.Conv2d(3, 4, 4, 4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(256, num_classes))
+
+    monkeypatch.setitem(MODELS._items, "one_size", one_size)
+    torch.save(one_size(1000).state_dict(), tmp_path / "one_size.pt")
+    more = ["--teacher", "one_size", "--teacher-checkpoint", str(tmp_path / "one_size.pt"), "--methods", "kd"]
+    outcome = call(*arguments(places, tmp_path / "runs", *more, teacher=None))
+    assert (outcome.code, outcome.err) == (0, "")
 
 
 def test_the_same_classes_are_the_same_run_whatever_the_copy_holds_besides(places: Path, call: Call, tmp_path: Path) -> None:
