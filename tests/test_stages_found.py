@@ -128,3 +128,46 @@ def test_a_dry_run_leaves_nothing_in_a_networks_caches(given):
     assert network.kept is given
     assert not hasattr(network, "new")
     copy.deepcopy(network)  # a tensor with a graph could not be
+
+
+class Nested(nn.Module):
+    """A block on patches and on what is inside of each: both go on, the inside with patches in the batch dimension first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outside = nn.Linear(4, 4), nn.Linear(6, 6)
+        self.between = nn.Linear(4 * 4, 6)
+
+    def forward(self, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+        inner = inner + self.inside(inner)
+        outer = outer + self.between(inner.reshape(*outer.shape[:2], -1))
+        return inner, outer + self.outside(outer)
+
+
+class NestedNet(nn.Module):
+    """Blocks of :class:`Nested` on a grid of 4 x 4 patches, each of four pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.feature_info = [{"module": f"blocks.{number}", "num_chs": 6, "reduction": 8} for number in range(5)]
+        self.pixels, self.patches = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(3, 6, 8, 8)
+        self.blocks = nn.ModuleList([Nested() for _ in range(5)])
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.unfold(self.pixels(x), 2, stride=2).transpose(1, 2).reshape(-1, 4, 4)  # (B 16, 4, 4)
+        outer = self.patches(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            inner, outer = block(inner, outer)
+        logits: Tensor = self.head(outer.mean(1))
+        return logits
+
+
+def test_of_several_tensors_the_one_with_a_row_for_each_image_is_read():
+    made = Tapped(NestedNet(), DATA)
+    assert [stage.path for stage in made.stages] == ["blocks.1", "blocks.2", "blocks.3", "blocks.4"]
+    assert made.shapes["stage4"] == (6, 4, 4)
+    made.request("stage4", "pooled")
+    for images in (1, 3):
+        trace = made(torch.randn(images, 3, 32, 32))
+        assert torch.allclose(trace.features["stage4"].mean((2, 3)), trace.features["pooled"], atol=1e-6)

@@ -3,7 +3,7 @@
 from distillzoo.stages.activations import complete_stage, is_activation
 from distillzoo.stages.finders import classifier_input, declared_stages, find_stages, resolve_stages
 from distillzoo.stages.layouts import View, as_view
-from distillzoo.stages.probe import Call, DryRun, Probe, split_path
+from distillzoo.stages.probe import Call, DryRun, Probe, split_path, tensor_of
 
 __all__ = [
     "Call",
@@ -18,4 +18,5 @@ __all__ = [
     "is_activation",
     "resolve_stages",
     "split_path",
+    "tensor_of",
 ]

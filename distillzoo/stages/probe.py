@@ -16,7 +16,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from distillzoo.errors import ShapeError, TapError
 from distillzoo.types import DataSpec
 
-__all__ = ["Call", "DryRun", "Probe", "split_path"]
+__all__ = ["Call", "DryRun", "Probe", "split_path", "tensor_of"]
 
 _IMAGES = 2
 _TORCHS_OWN = vars(nn.Module()).keys()  # parameters, buffers, children, hooks
@@ -35,6 +35,25 @@ def split_path(path: str) -> tuple[str, Literal["input", "output", "activation"]
     if side in ("input", "activation"):
         return name, "input" if side == "input" else "activation"
     raise TapError(f"A tap path ends in ':input', ':output', ':activation' or none of them; got {path!r}.")
+
+
+def tensor_of(value: Any, images: int) -> Tensor | None:
+    """Return a tensor, or of several the one that is meant: the first with a row for each image, else the first.
+
+    A block may return more than what the next one goes on with: the size of its maps, or tokens of patches of patches, whose first
+    dimension holds images and positions.
+
+    Args:
+        value: What a module took or returned.
+        images: Number of images of the batch.
+    Example:
+        >>> tensor_of((torch.zeros(8, 3), torch.zeros(2, 5), 7), images=2).shape
+        torch.Size([2, 5])
+    """
+    if isinstance(value, Tensor):
+        return value
+    tensors = [item for item in value if isinstance(item, Tensor)] if isinstance(value, tuple | list) else []
+    return next((item for item in tensors if item.ndim and item.shape[0] == images), tensors[0] if tensors else None)
 
 
 class Probe:
@@ -197,10 +216,9 @@ class DryRun:
 
         def end(output: Any) -> None:
             call = opened.pop()
-            if isinstance(output, tuple):  # a map with its size: a tap reads the first tensor; a list is one of branches
-                output = next((item for item in output if isinstance(item, Tensor)), None)
-            if isinstance(output, Tensor):
-                call.shape, call.node = tuple(output.shape), output.grad_fn
+            found = None if isinstance(output, list) else tensor_of(output, len(images))  # a list is one of branches
+            if found is not None:
+                call.shape, call.node = tuple(found.shape), found.grad_fn
             self.calls.append(call)
 
         handles: list[Any] = []

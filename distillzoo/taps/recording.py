@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from distillzoo.errors import TapError
+from distillzoo.stages import tensor_of
 
 __all__ = ["ActivationHook", "ActivationWatch", "Hook", "InputHook", "OutputHook", "Recorder"]
 
@@ -30,12 +31,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.active = False
+        self.images = 0
         self.values: dict[str, Tensor] = {}
         self.versions: dict[str, int] = {}
         self.activation: tuple[Tensor, Any] | None = None  # what the last function that activates took and returned
 
-    def start(self) -> None:
-        """Begin a pass."""
+    def start(self, images: int) -> None:
+        """Begin a pass of so many images."""
+        self.images = images
         self.values, self.versions, self.activation, self.active = {}, {}, None, True
 
     def stop(self) -> None:
@@ -43,17 +46,16 @@ class Recorder:
         self.values, self.versions, self.activation, self.active = {}, {}, None, False
 
     def record(self, name: str, value: Any, clone: bool) -> None:
-        """Keep a tensor, or the first of several.
+        """Keep a tensor, or of several the one that is meant.
 
         Raises:
             TapError: If there is none.
         """
-        if isinstance(value, tuple | list):
-            value = next((item for item in value if isinstance(item, Tensor)), None)
-        if not isinstance(value, Tensor):
+        tensor = tensor_of(value, self.images)
+        if tensor is None:
             raise TapError(f"The tap {name!r} saw a {type(value).__name__}; a tap needs a module that takes or returns one tensor.")
-        self.values[name] = value.clone() if clone else value
-        if not torch.compiler.is_compiling() and not value.is_inference():  # inference tensors keep no version
+        self.values[name] = tensor.clone() if clone else tensor
+        if not torch.compiler.is_compiling() and not tensor.is_inference():  # inference tensors keep no version
             self.versions[name] = self.values[name]._version
 
     def overwritten(self) -> list[str]:

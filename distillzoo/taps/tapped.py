@@ -100,7 +100,7 @@ class Tapped:
     def _dry(self, probe: Probe, *, dropping: bool = False) -> tuple[Any, dict[str, Tensor]]:
         """Run the dry batch and note which taps are overwritten."""
         with probe.evaluating(dropping=dropping):
-            self._recorder.start()
+            self._recorder.start(len(probe.images))
             try:
                 logits, values = self._watched(probe.images, self._taps), self._recorder.values
                 self._clones.update(self._recorder.overwritten())
@@ -219,7 +219,7 @@ class Tapped:
     def __call__(self, images: Tensor) -> Trace:
         """Run the network on ``(B, C, H, W)`` images and return logits and the requested features."""
         self.autocast = torch.is_autocast_enabled(images.device.type)
-        self._recorder.start()
+        self._recorder.start(len(images))
         try:
             logits = self._watched(images, self._requested)
             if not isinstance(logits, Tensor):  # auxiliary classifiers return theirs as well, in training mode alone
