@@ -109,6 +109,11 @@ class Distiller(nn.Module, ABC):
         """Return ``weight_presets`` as a method with these options has them, for records. Default: whatever the options."""
         return cls.weight_presets
 
+    @classmethod
+    def reads_teacher(cls, options: Mapping[str, Any]) -> bool:  # noqa: ARG003
+        """Return whether the method reads a teacher where there is one, with these options. Default: whether it needs one."""
+        return cls.requires.teacher
+
     def phases(self) -> Sequence[Phase]:
         """Return the phases of training; the last is the main one. Default: the main phase alone."""
         return (Phase(),)

@@ -231,7 +231,7 @@ def _teacher_job(recipe: Recipe, name: str, data: DataSet, checkpoint: Path | No
 
 def _run(recipe: Recipe, row: Row, pair: Pair, seed: int, teacher: TeacherJob) -> Run:
     config = recipe.student_config(pair.student)
-    own_teacher = teacher if row.needs_teacher else None
+    own_teacher = teacher if row.needs_teacher(pair) else None
     identity: dict[str, Any] = {
         "results_version": RESULTS_VERSION,
         "kind": "student",

@@ -71,10 +71,10 @@ class Row:
         options, weights = self.settings(pair)
         return describe_distiller(self.method, weights=weights, **options)
 
-    @property
-    def needs_teacher(self) -> bool:
+    def needs_teacher(self, pair: Pair) -> bool:
         """Whether the method, or a member of the composition, reads a teacher."""
-        return any(cls.requires.teacher for cls in resolve_distiller(self.method).values())
+        options, methods = self.describe(pair)["options"], resolve_distiller(self.method)
+        return any(cls.reads_teacher(options[name] if len(methods) > 1 else options) for name, cls in methods.items())
 
 
 @dataclass(frozen=True)

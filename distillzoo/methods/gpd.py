@@ -164,6 +164,12 @@ class _GapPreserving(Distiller):
             for preset, own in cls.weight_presets.items()
         }
 
+    @classmethod
+    def reads_teacher(cls, options: Mapping[str, Any]) -> bool:
+        """Return whether the static loss that the options name reads one: without a teacher there is none, and GPD trains on."""
+        static = options.get("static")
+        return static is not None and DISTILLERS[static].reads_teacher(options.get("static_options") or {})
+
     def _static(self) -> list[tuple[str, Distiller]]:
         return [(name, part) for name, part in self.named_children() if isinstance(part, Distiller)]
 

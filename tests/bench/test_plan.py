@@ -56,6 +56,21 @@ def test_a_student_alone_trains_once_whatever_its_teachers(tiny_data: Load) -> N
     assert [[run.row.name for run in group.runs] for group in plan.groups()] == [["vanilla", "kd"], ["kd"]]
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "reads"),
+    [("gpd", {}, True), ("gpd_reduced", {"static": "kd"}, True), ("gpd", {"static": None}, False), ("gpd+sp", {}, True)],
+)
+def test_a_method_that_can_do_without_a_teacher_gets_the_pairs(
+    name: str, options: dict[str, object], reads: bool, tiny_data: Load
+) -> None:
+    """GPD's static loss reads one where there is one; what is recorded must be what trains."""
+    plan = plan_of(tiny_data, methods=[name], seeds=[0], options={name: options})
+    (cell,) = plan.cells
+    assert (cell.run.teacher is not None) is reads
+    assert (cell.run.identity["teacher"] is not None) is reads
+    assert any(term.rpartition(".")[2].startswith("static_") for term in cell.run.identity["weights"]) is reads
+
+
 def test_ids_are_stable() -> None:
     # A pinned id: it must change only together with RESULTS_VERSION, or every record ever made is orphaned.
     class Data:
