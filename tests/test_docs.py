@@ -88,11 +88,23 @@ def test_readme_gives_the_command_once(command):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_of_the_command_line_exist(page, capsys):
-    text = page.read_text(encoding="utf-8")
-    named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)(?![\w.-])", re.sub(r"sphinx .*", "", text)))
+    text = re.sub(r"sphinx .*", "", page.read_text(encoding="utf-8"))
+    for command in re.findall(r"python (examples/\w+\.py) (.*)", text):
+        script = (ROOT / command[0]).read_text(encoding="utf-8")
+        assert set(options_in(command[1])) <= set(re.findall(r'"--([a-z][a-z-]*)"', script))
+        text = text.replace(command[1], "")
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert named <= set(re.findall(r"--([a-z][a-z-]*)", capsys.readouterr().out))
+    assert set(options_in(text)) <= set(options_in(capsys.readouterr().out))
+
+
+def options_in(text):
+    return re.findall(r"(?<![\w-])--([a-z][a-z-]*)(?![\w.-])", text)
+
+
+def test_the_readme_names_every_method():
+    section = (ROOT / "README.rst").read_text(encoding="utf-8").partition("\nMethods\n---")[2].partition("\nAdd a method\n---")[0]
+    assert sorted(set(re.findall(r"``(\w+)``", section))) == sorted(OURS)
 
 
 def test_recipes_of_the_guide_are_recipes(tmp_path):
