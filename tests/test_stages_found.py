@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distillzoo import build_distiller
 from distillzoo.stages import Probe, classifier_input, find_stages
 from distillzoo.taps import Tapped
 from distillzoo.types import DataSpec
@@ -171,3 +172,15 @@ def test_of_several_tensors_the_one_with_a_row_for_each_image_is_read():
     for images in (1, 3):
         trace = made(torch.randn(images, 3, 32, 32))
         assert torch.allclose(trace.features["stage4"].mean((2, 3)), trace.features["pooled"], atol=1e-6)
+
+
+def test_branches_go_where_that_tensor_comes_from():
+    torch.manual_seed(0)
+    student, teacher = NestedNet(), NestedNet()
+    distiller = build_distiller("kdiffusion", student, teacher, data=DATA, seed=0)
+    out = distiller(torch.randn(2, 3, 32, 32), torch.tensor([0, 3]))
+    out.loss.backward()
+    assert distiller.student_net.restructured == ["blocks.4.outside"]
+    exported, images = distiller.eval().export_student(), torch.randn(2, 3, 32, 32)
+    assert torch.allclose(exported(images), distiller.predict(images), atol=1e-5)
+    assert exported.state_dict().keys() == NestedNet().state_dict().keys()

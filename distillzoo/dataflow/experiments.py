@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distillzoo.stages import Probe, split_path
+from distillzoo.stages import Probe, split_path, tensor_of
 from distillzoo.types import DataSpec
 
 __all__ = ["first_tensor", "is_linear_op", "reaches_by_addition", "same", "same_function", "watch"]
@@ -121,7 +121,7 @@ def watch(probe: Probe, source: str, tap: str, shift: Tensor | None = None) -> t
     if side == "input":
         handles.append(watched.register_forward_pre_hook(lambda m, args: read(first_tensor(args))))  # noqa: ARG005
     else:
-        handles.append(watched.register_forward_hook(lambda m, a, output: read(first_tensor(output))))  # noqa: ARG005
+        handles.append(watched.register_forward_hook(lambda m, a, output: read(tensor_of(output, len(probe.images)))))  # noqa: ARG005
     try:
         with probe.evaluating():
             probe.module(probe.images)

@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 
 from distillzoo.dataflow.experiments import first_tensor, is_linear_op
 from distillzoo.errors import TapError, UnsupportedPairError
-from distillzoo.stages import Probe, is_activation, split_path
+from distillzoo.stages import Probe, is_activation, split_path, tensor_of
 from distillzoo.types import DataSpec, Stage
 
 __all__ = ["Flow"]
@@ -62,7 +62,7 @@ class Flow:
             open_calls.append(_Call(path, child, next(clock), shape, source))
 
         def finish(output: Any) -> None:
-            call, result = open_calls.pop(), first_tensor(output)
+            call, result = open_calls.pop(), tensor_of(output, len(probe.images))  # what a tap reads
             call.end, call.tensor = next(clock), isinstance(output, Tensor)
             call.shape, call.node = (None, None) if result is None else (result.shape, result.grad_fn)
             self.calls.append(call)
