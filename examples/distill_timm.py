@@ -27,12 +27,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from distillzoo import Distiller, DistillZooError, Teacher, build_distiller, create_model
+from distillzoo import DataSpec, Distiller, DistillZooError, Teacher, build_distiller, create_model
 from distillzoo.data import DataSet, load_dataset
 from distillzoo.engine import EpochReport, Observer, StepReport, TrainConfig, Trainer, evaluate_all
-from distillzoo.errors import DataError, MissingDependencyError, OptionError
+from distillzoo.errors import DataError, MissingDependencyError, OptionError, ShapeError
 from distillzoo.export import StudentInfo, export_onnx, export_program, save_student, write_model_card
 from distillzoo.streams import Stream, forked_generator
+from distillzoo.taps import OwnView
+from distillzoo.types import Stage
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -88,6 +90,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--weight-decay", type=float, default=1e-4)
     add("--precision", choices=("float32", "bf16"), default="float32")
     add("--crop", type=int, default=224, help="height and width of the images in pixels (default: 224)")
+    add("--teacher-crop", type=int, metavar="PIXELS", help="size at which the teacher sees the crop (default: what it declares)")
     add("--resize", type=int, help="short side of evaluation images before the middle is cut out (default: 8/7 of --crop)")
     add("--workers", type=int, help="processes that read images (default: one a processor)")
     add("--skip-bad", action="store_true", help="leave image files out that cannot be used")
@@ -113,23 +116,33 @@ def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
     return found
 
 
-def declared_normalisation(name: str, checkpoint: Path | None = None) -> dict[str, tuple[float, ...]]:
-    """Return mean and deviation that a network wants: as a config.json beside its checkpoint says, else timm; empty if unknown."""
+def declared(name: str, checkpoint: Path | None = None) -> dict[str, tuple[Any, ...]]:
+    """Return what images a network wants, as far as it says: mean, deviation, and size if it takes no other.
+
+    A config.json beside its checkpoint says so, else timm.
+    """
+    found: dict[str, Any] = {}
     beside = None if checkpoint is None else checkpoint.with_name("config.json")
     if beside is not None and beside.is_file():
         found = json.loads(beside.read_text(encoding="utf-8")).get("pretrained_cfg", {})
-        return {key: tuple(found[key]) for key in ("mean", "std") if key in found}
-    if not name.startswith("timm/"):
-        return {}
-    import timm
+    elif name.startswith("timm/"):
+        import timm
 
-    config = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
-    return {} if config is None or len(config.mean) != 3 else {"mean": config.mean, "std": config.std}
+        config = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
+        found = asdict(config) if config is not None and len(config.mean) == 3 else {}
+        if not found.get("fixed_input_size"):  # it runs at others, the student's among them
+            found.pop("input_size", None)
+    wanted: dict[str, tuple[Any, ...]] = {key: tuple(found[key]) for key in ("mean", "std", "input_size") if found.get(key)}
+    if "input_size" in wanted:
+        wanted["input_size"] = wanted["input_size"][-2:]
+    return wanted
 
 
 def load_images(args: argparse.Namespace) -> DataSet:
     """Load the folder, packed or not, normalised as the student wants it."""
-    views = {"crop": args.crop, "resize": args.resize, **declared_normalisation(args.student)}
+    wanted = declared(args.student)
+    views: dict[str, Any] = {key: wanted[key] for key in ("mean", "std") if key in wanted}
+    views |= {"crop": args.crop, "resize": args.resize}
     if (Path(args.data_root).expanduser() / "index.json").is_file():
         return load_dataset("packed", root=args.data_root, **views)
     return load_dataset("folder", root=args.data_root, workers=args.workers, skip_bad=args.skip_bad, **views)
@@ -166,36 +179,65 @@ def fit(
     return trainer.members[title].export_student()
 
 
+class Seeing(nn.Module):
+    """A network with its own view of the images, to be trained alone: it declares no feature maps."""
+
+    def __init__(self, network: nn.Module, view: OwnView) -> None:
+        super().__init__()
+        self.network, self.view = network, view
+        self.stages: tuple[Stage, ...] = ()
+        self.classifier_path = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``(B, num_classes)``."""
+        logits: torch.Tensor = self.network(self.view(images))
+        return logits
+
+
+def teacher_view(args: argparse.Namespace, data: DataSet) -> DataSpec:
+    """Return what the teacher sees of a crop: the size that it wants, and if it was trained elsewhere its normalisation."""
+    checkpoint = None if args.teacher_checkpoint is None else Path(args.teacher_checkpoint)
+    wanted = declared(args.teacher, checkpoint)
+    if "img_size" in pairs(args.teacher_option, "--teacher-option"):
+        wanted.pop("input_size", None)
+    if args.teacher_crop is not None:
+        wanted["input_size"] = (args.teacher_crop, args.teacher_crop)
+    normalised = wanted if checkpoint is not None else {}
+    return replace(
+        data.spec,
+        input_size=wanted.get("input_size", data.spec.input_size),
+        mean=normalised.get("mean", data.spec.mean),
+        std=normalised.get("std", data.spec.std),
+    )
+
+
 def get_teacher(args: argparse.Namespace, data: DataSet, config: TrainConfig) -> Teacher:
-    """Return the teacher: from its checkpoint, from an earlier call, or trained now."""
+    """Return the teacher: from its checkpoint, from an earlier call, or trained now on what it will see."""
     number, kept = data.spec.num_classes, args.output / "teacher" / "model.safetensors"
-    if args.teacher_checkpoint is not None:  # trained elsewhere: it sees images normalised as it is used to
-        network = make_network(args, "teacher", number, args.teacher_checkpoint)
-        wanted = declared_normalisation(args.teacher, Path(args.teacher_checkpoint))
-        own = replace(data.spec, mean=wanted.get("mean", data.spec.mean), std=wanted.get("std", data.spec.std))
-        return Teacher(network.to(args.device), data.spec, own_data=own)
-    if kept.is_file():
-        return Teacher(make_network(args, "teacher", number, str(kept)).to(args.device), data.spec)
-    network = make_network(args, "teacher", number, None)
-    if args.teacher_epochs:
+    own = teacher_view(args, data)
+    file = args.teacher_checkpoint or (str(kept) if kept.is_file() else None)
+    network = make_network(args, "teacher", number, file)
+    if file is None and args.teacher_epochs:
         config = replace(config, epochs=args.teacher_epochs)
-        network = fit("teacher", build_distiller("vanilla", network, data=data.spec, seed=args.seed), None, data, config, args)
-        save_student(network, kept.parent, describe(args, "teacher", data))
+        seeing = Seeing(network, OwnView(data.spec, own))
+        trained = fit("teacher", build_distiller("vanilla", seeing, data=data.spec, seed=args.seed), None, data, config, args)
+        network = trained.get_submodule("network")
+        save_student(network, kept.parent, describe(args, "teacher", data, own))
         (args.output / "teacher.last.pt").unlink(missing_ok=True)
-    else:
+    elif file is None:
         print("Note: the teacher is taken as it is; without training on these classes it has little to teach.")
-    return Teacher(network.to(args.device), data.spec)
+    return Teacher(network.to(args.device), data.spec, own_data=own)
 
 
-def describe(args: argparse.Namespace, role: str, data: DataSet) -> StudentInfo:
-    """Return what the configuration and the card of a network say."""
+def describe(args: argparse.Namespace, role: str, data: DataSet, seen: DataSpec) -> StudentInfo:
+    """Return what the configuration and the card of a network say that was trained on what ``seen`` describes."""
     views: Any = data.augment
     return StudentInfo(
         architecture=getattr(args, role),
         class_names=data.class_names,
-        input_size=data.spec.input_size,
-        mean=data.spec.mean,
-        std=data.spec.std,
+        input_size=seen.input_size,
+        mean=seen.mean,
+        std=seen.std,
         crop_share=round(views.crop / views.resize, 4),
         license=args.license,
         options=pairs(getattr(args, f"{role}_option"), f"--{role}-option"),
@@ -235,7 +277,7 @@ def measure(predict: Callable[[torch.Tensor], torch.Tensor], args: argparse.Name
 
 def hand_over(student: nn.Module, teacher_accuracy: float, args: argparse.Namespace, data: DataSet, config: TrainConfig) -> None:
     """Write weights, configuration, card, and the exported programs that were asked for."""
-    info = describe(args, "student", data)
+    info = describe(args, "student", data, data.spec)
     accuracy = measure(student.eval(), args, data, config)
     student = student.cpu().to(memory_format=torch.contiguous_format).eval()
     weights = save_student(student, args.output, info)
@@ -292,8 +334,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"Data: {data.description}; {data.spec.num_classes} classes.")
     student = make_network(args, "student", data.spec.num_classes, args.student_checkpoint)
     stand_in = make_network(argparse.Namespace(**vars(args) | {"pretrained": False}), "teacher", data.spec.num_classes, None)
-    build_distiller(args.method, copy.deepcopy(student), stand_in, data=data.spec, weights=weights, seed=args.seed, **options)
-    del stand_in  # it showed, before anything is trained or written, that method, options and networks fit
+    try:  # before anything is trained or written: method, options and networks fit
+        arguments = {"data": data.spec, "teacher_data": teacher_view(args, data), "weights": weights, "seed": args.seed}
+        build_distiller(args.method, copy.deepcopy(student), stand_in, **arguments, **options)
+    except ShapeError as error:
+        raise OptionError(f"{error} Here --crop is the student's size and --teacher-crop the teacher's.") from error
+    del stand_in
     check_output(args, data, config)
     teacher = get_teacher(args, data, config)
     accuracy = measure(lambda images: teacher(images).logits, args, data, config)

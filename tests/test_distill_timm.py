@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -163,10 +164,43 @@ def test_an_output_folder_of_another_run_is_refused(photos, teacher_file, tmp_pa
 
 def test_a_teacher_sees_what_its_own_configuration_says(tmp_path):
     file = tmp_path / "model.safetensors"
-    assert example.declared_normalisation("timm/test_resnet", file)["mean"] == (0.5, 0.5, 0.5)
-    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}}))
-    assert example.declared_normalisation("timm/test_resnet", file) == {"mean": (0.1, 0.2, 0.3), "std": (1, 1, 1)}
-    assert example.declared_normalisation("tinycnn_8") == {}
+    assert example.declared("timm/test_resnet", file) == {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}  # any size will do
+    assert example.declared("timm/vit_tiny_patch16_224")["input_size"] == (224, 224)  # no other will
+    saved = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "input_size": [3, 40, 40]}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": saved}))
+    found = example.declared("timm/test_resnet", file)
+    assert found == {"mean": (0.1, 0.2, 0.3), "std": (1, 1, 1), "input_size": (40, 40)}
+    assert example.declared("tinycnn_8") == {}
+
+
+def test_a_teacher_of_another_size_is_trained_on_what_it_will_see(photos, tmp_path, capsys, monkeypatch):
+    """The student reads 16 pixels, the teacher the same crops at 32; both calls agree on what it sees."""
+    seen = []
+    real = example.OwnView.__call__
+    monkeypatch.setattr(
+        example.OwnView, "__call__", lambda self, images: seen.append((images.shape[2], self.size)) or real(self, images)
+    )
+    networks = ("--teacher", "timm/test_vit", "--teacher-option", "img_size=32", "--teacher-crop", "32", "--student", "tinycnn_8")
+    words = command(photos, tmp_path / "out", *networks, "--teacher-epochs", "1", epochs=1)
+    assert example.main(words) == 0
+    assert set(seen) == {(16, (32, 32))}
+    accuracies = re.findall(r"Teacher timm/test_vit: (\d+\.\d+) %", capsys.readouterr().out)
+    assert json.loads((tmp_path / "out/teacher/config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    (tmp_path / "out/model.safetensors").unlink()  # the student again, with the teacher from the first call
+    assert example.main(words) == 0
+    assert re.findall(r"Teacher timm/test_vit: (\d+\.\d+) %", capsys.readouterr().out) == accuracies
+    checkpoint = ("--teacher-checkpoint", str(tmp_path / "out/teacher/model.safetensors"))  # what lies beside it says the size
+    elsewhere = (*networks[:4], *networks[6:], *checkpoint)
+    assert example.main(command(photos, tmp_path / "elsewhere", *elsewhere, epochs=1)) == 0
+
+
+def test_a_network_that_takes_no_other_size_is_refused_by_the_options_names(photos, tmp_path, capsys):
+    networks = ("--teacher", "tinycnn_32", "--student", "timm/deit_tiny_patch16_224")
+    assert example.main(command(photos, tmp_path / "out", *networks)) == 2
+    said = capsys.readouterr().err
+    assert "does not run on 3-channel images of 16x16" in said
+    assert "--crop is the student's size and --teacher-crop the teacher's" in said
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------ exports
