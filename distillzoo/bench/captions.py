@@ -72,7 +72,13 @@ def table_caption(plan: Plan, lines: Sequence[Line]) -> str:
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def pair_caption(cells: Sequence[Cell], results: Results, teacher_info: TeacherInfo, reasons: Mapping[str, str]) -> str:
+def pair_caption(
+    cells: Sequence[Cell],
+    results: Results,
+    teacher_info: TeacherInfo,
+    reasons: Mapping[str, str],
+    published: Sequence[tuple[str, float]] = (),
+) -> str:
     """Return what must be known of one pair.
 
     Args:
@@ -80,6 +86,7 @@ def pair_caption(cells: Sequence[Cell], results: Results, teacher_info: TeacherI
         results: Results by run id.
         teacher_info: Accuracy and parameters of a teacher, ``None`` if they are not known.
         reasons: Why a run has no result, by run id.
+        published: Published accuracies of the teacher, each with its source.
     """
     pair = cells[0].pair
     info = teacher_info(cells[0].teacher)
@@ -88,6 +95,7 @@ def pair_caption(cells: Sequence[Cell], results: Results, teacher_info: TeacherI
         if info is None
         else f"Teacher {pair.teacher} {info['accuracy']:.2f} % ({info['parameters']:,} parameters)"
     )
+    theirs = f", published {', '.join(f'{value:.2f} % ({label})' for label, value in published)}" if published else ""
     sizes = [results[cell.run.id].get("parameters") for cell in cells if cell.run.id in results]
     size = next((f" ({value:,} parameters)" for value in sizes if value), "")
     counts = sorted(
@@ -98,7 +106,7 @@ def pair_caption(cells: Sequence[Cell], results: Results, teacher_info: TeacherI
     )
     n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     sentences = [
-        f"{teacher}, student {pair.student}{size}; n = {n} seed{'s' if n != '1' else ''}.",
+        f"{teacher}{theirs}, student {pair.student}{size}; n = {n} seed{'s' if n != '1' else ''}.",
         "One seed ranks nothing." if n == "1" else "",
         cost_sentence([cell for cell in cells if cell.run.id in results], results),
         *sorted({f"Not applicable: {cell.row.title} ({reasons[cell.run.id]})" for cell in cells if cell.run.id in reasons}),

@@ -204,7 +204,9 @@ def make_table(plan: Plan, results: Results, teacher_info: TeacherInfo, reasons:
             )
         info = teacher_info(cells[0].teacher) or {}
         cut = info["accuracy"] if info.get("head") == "slice" else None
-        blocks.append(Block(pair, tuple(lines), pair_caption(cells, results, teacher_info, reasons or {}), cut))
+        published = plan.table.published_figures("teacher", pair)
+        caption = pair_caption(cells, results, teacher_info, reasons or {}, published)
+        blocks.append(Block(pair, tuple(lines), caption, cut))
     dataset = plan.recipe.dataset
     heading = plan.table.title if plan.table.name == dataset or plan.table.name.startswith(f"{dataset}_") else dataset
     return Table(

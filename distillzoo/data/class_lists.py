@@ -145,26 +145,39 @@ def find_class_list(name: str | PathLike[str]) -> ClassList:
         order = np.random.RandomState(1993).permutation(1000)[:100]  # the generator of those who use this list
         return ClassList("seed1993", tuple(imagenet_wnids()[row] for row in order.tolist()), "shuffled")
     path = Path(text).expanduser()
+    if text and path.is_dir():
+        raise DataError(f"The class list {text!r} is a folder; name a text file with one identifier a line.")
     if not path.is_file():
         raise UnknownNameError(
             unknown_name("class list", text, CLASS_LISTS, listed="There are") + " A file of the user is the other way."
         )
     try:
-        lines = [line.split("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"The class list {text!r} cannot be read ({error}); name a text file with one identifier a line."
         ) from error
-    return ClassList(path.name, _checked([words[0] for words in lines if words], text))
+    return ClassList(path.name, _checked([line for line in lines if line], text))
 
 
-def _checked(wnids: list[str], source: str) -> tuple[str, ...]:
-    for wnid in wnids:
+def _find_name(text: str) -> str | None:
+    """Return the identifier of the class that has an English name; ``None`` where none has it, or several have."""
+    wanted = text.strip().lower()
+    names = {wnid: str(_info().label_name_to_description(wnid)).lower() for wnid in imagenet_wnids()}
+    found = [wnid for wnid, listed in names.items() if wanted in [listed, *(name.strip() for name in listed.split(","))]]
+    return found[0] if len(found) == 1 else None
+
+
+def _checked(lines: list[str], source: str) -> tuple[str, ...]:
+    wnids = [line.split()[0] for line in lines]
+    for wnid, line in zip(wnids, lines, strict=True):
         if _WNID.fullmatch(wnid) is None:
-            near = near_matches(wnid, imagenet_wnids(), limit=1)
+            named = _find_name(line)
+            near = near_matches(wnid, imagenet_wnids(), limit=1) or ["n01440764"]
+            example = f"{named}, which has this name" if named else near[0]
             raise DataError(
-                f"The class list {source!r} holds {wnid!r}, which is no WordNet identifier (n and 8 digits, as "
-                f"{near[0] if near else 'n01440764'}); write one at the beginning of each line."
+                f"The class list {source!r} holds {(line if named else wnid)!r}, which is no WordNet identifier (n and 8 digits, "
+                f"as {example}); write one at the beginning of each line."
             )
     twice = sorted({wnid for wnid in wnids if wnids.count(wnid) > 1})
     if twice:

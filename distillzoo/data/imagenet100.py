@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 
 from distillzoo.data.base import DATASETS, SplitName
-from distillzoo.data.class_lists import ClassList, find_class_list, name_class
+from distillzoo.data.class_lists import ClassList, find_class_list, imagenet_wnids, name_class
 from distillzoo.data.crops import make_views
 from distillzoo.data.file_loader import check_workers
 from distillzoo.data.folder import FolderDataSet, folder_from_tree
@@ -22,7 +23,10 @@ from distillzoo.errors import DataError, OptionError
 
 __all__ = ["imagenet100", "present_classes"]
 
-_NAMED = 8  # classes that a sentence lists before it counts the others
+_NAMED = 100  # missing classes that a sentence lists before it counts the others
+_SHOWN = 8  # of the classes of a list, or of the folders of a copy that has none of them
+_MANY = 200  # folders of a level that are looked into for the one that was meant
+_LAYOUT = "DIR/train/WNID/IMAGE and DIR/val/WNID/IMAGE"
 
 
 @DATASETS.register("imagenet100")
@@ -70,8 +74,9 @@ def imagenet100(
         )
     place = Path(root).expanduser()
     if packed:
-        there = frozenset(read_index(place).classes)
-        chosen = _choose(wanted, {place.name: there}, place, allow_missing_classes)
+        index = read_index(place)
+        _refuse_none(wanted, index.classes, place, packed=True)
+        chosen = _choose(wanted, {place.name: frozenset(index.classes)}, place, allow_missing_classes)
         title = f"ImageNet, {chosen}"
         load = partial(
             packed_set,
@@ -85,7 +90,7 @@ def imagenet100(
             classes=chosen.wnids,
         )
         images = load(split="test", verify=verify)
-        _check_counts(chosen, (len(images.train), len(images.evaluation)), place, allow_missing_classes)
+        _check_counts(chosen, (len(images.train), len(images.evaluation)), place, allow_missing_classes, seeded=index.seeded)
         return replace(images if split == "test" else load(split=split, verify=False), class_list=chosen)
     cropped = make_views(crop, resize, mean, std)
     chosen = present_classes(place, wanted, allow_missing=allow_missing_classes)
@@ -93,7 +98,7 @@ def imagenet100(
     train = str(tree.train.root)
     bad = sum(Path(file).is_relative_to(train) for file in tree.skipped)
     found = (len(tree.train) + bad, len(tree.evaluation) + len(tree.skipped) - bad)
-    _check_counts(chosen, found, place, allow_missing_classes)
+    _check_counts(chosen, found, place, allow_missing_classes, seeded=tree.seeded)
     title = f"ImageNet, {chosen}" + (", a fifth split off" if tree.seeded else "")
     data = folder_from_tree(tree, cropped, split=split, name="imagenet100", title=title, workers=workers)
     return replace(data, class_list=chosen)
@@ -107,7 +112,7 @@ def present_classes(root: str | PathLike[str], wanted: ClassList, *, allow_missi
         wanted: The list.
         allow_missing: Whether some may be missing.
     Raises:
-        DataError: If classes are missing; the message counts and names them.
+        DataError: If classes are missing; the message counts and names them. Where that is allowed they are told as a warning.
     """
     place = Path(root).expanduser()
     try:
@@ -115,10 +120,16 @@ def present_classes(root: str | PathLike[str], wanted: ClassList, *, allow_missi
         there = {name: frozenset(wnid for wnid in wanted.wnids if _has_image(part / wnid)) for name, part in parts.items()}
         for name, part in parts.items():
             if not there[name] and any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(part)):
+                if part == place:
+                    raise DataError(
+                        f"{str(place)!r} holds images that lie in no class folder; expected is {_LAYOUT}; name DIR (--data-root)."
+                    )
                 raise DataError(
                     f"{str(part)!r} holds images that lie in no class folder; expected is {name}/WNID/IMAGE; sort them by their "
                     "labels, as the script valprep.sh or torchvision.datasets.ImageNet does."
                 )
+        if not any(there.values()):
+            _refuse_none(wanted, sorted(entry.name for entry in os.scandir(next(iter(parts.values())))), place)
     except OSError as error:
         raise DataError(
             f"Cannot read {str(error.filename or place)!r} ({error.strerror or error}); check the permissions and the disk."
@@ -135,21 +146,66 @@ def _choose(wanted: ClassList, there: Mapping[str, Collection[str]], place: Path
     if not missing:
         return wanted
     left = len(wanted.wnids) - len(missing)
+    named = _named(missing, _NAMED)
+    foreign = [wnid for wnid in missing if wnid not in imagenet_wnids()]
+    if foreign:
+        named += f" ({len(foreign)} of them, such as {foreign[0]}, no class of ImageNet-1k)"
     if allow_missing and left >= 2:
+        warnings.warn(
+            f"{str(place)!r} lacks {len(missing)} of the {len(wanted.wnids)} classes of the class list {wanted.name!r}, and goes "
+            f"without: {named}.",
+            stacklevel=2,
+        )
         return wanted.without(missing)
-    named = ", ".join(map(name_class, missing[:_NAMED]))
-    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
     counted = ", ".join(f"{name} has {sum(wnid in part for wnid in wanted.wnids)}" for name, part in there.items())
     advice = "complete the copy, name another list (--class-list)" + (
         ", or go on with the others (--allow-missing-classes)" if left >= 2 else " or another folder (--data-root)"
     )
     raise DataError(
         f"{str(place)!r} lacks {len(missing)} of the {len(wanted.wnids)} classes of the class list {wanted.name!r} ({counted}): "
-        f"{named}{more}; a partial copy is refused; {advice}."
+        f"{named}; a partial copy is refused; {advice}."
     )
 
 
-def _check_counts(chosen: ClassList, found: tuple[int, int], place: Path, allow_missing: bool) -> None:
+def _named(wnids: Sequence[str], most: int) -> str:
+    return ", ".join(map(name_class, wnids[:most])) + (f" and {len(wnids) - most} more" if len(wnids) > most else "")
+
+
+def _refuse_none(wanted: ClassList, there: Sequence[str], place: Path, *, packed: bool = False) -> None:
+    """Refuse a copy with none of the classes: most likely it is another folder than was meant, so say what it holds."""
+    if any(wnid in there for wnid in wanted.wnids):
+        return
+    deeper = None if packed else next(_deeper(place, wanted), None)
+    holds = ", ".join(map(repr, there[:_SHOWN])) + (" and others" if len(there) > _SHOWN else "") if there else "nothing"
+    expected = "what python -m distillzoo pack wrote of these classes" if packed else _LAYOUT
+    advice = "name another folder (--data-root) or another list (--class-list)" if deeper is None else f"name {str(deeper)!r}"
+    raise DataError(
+        f"{str(place)!r} has none of the {len(wanted.wnids)} classes of the class list {wanted.name!r} "
+        f"({_named(wanted.wnids, _SHOWN)}); it holds {holds}; expected is {expected}; {advice}."
+    )
+
+
+def _deeper(place: Path, wanted: ClassList) -> Iterator[Path]:
+    """Yield the folders up to three levels below one that hold a class of the list, or ``train`` with one, shallow ones first."""
+    level = [place]
+    for _ in range(3):
+        level = [Path(entry) for folder in level for entry in sorted(os.scandir(folder), key=_entry_name) if entry.is_dir()][:_MANY]
+        for folder in level:
+            train = folder / "train" if (folder / "train").is_dir() else folder
+            if any(_has_image(train / wnid) for wnid in wanted.wnids if (train / wnid).is_dir()):
+                yield folder
+
+
+def _entry_name(entry: os.DirEntry[str]) -> str:
+    return entry.name
+
+
+def _check_counts(chosen: ClassList, found: tuple[int, int], place: Path, allow_missing: bool, *, seeded: bool) -> None:
+    if chosen.counts is not None and chosen.counts != found and not allow_missing and seeded:
+        raise DataError(
+            f"{str(place)!r} is one tree of classes without evaluation images of its own, so the class list {chosen.name!r} is not "
+            f"whole here; expected is {_LAYOUT}; name DIR (--data-root), or go on with a fifth split off (--allow-missing-classes)."
+        )
     if chosen.counts is not None and chosen.counts != found and not allow_missing:
         train, evaluation = chosen.counts
         raise DataError(

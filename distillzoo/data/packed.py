@@ -189,6 +189,11 @@ def packed_set(
             f"resize={resize!r} was asked of images that are packed with a short side of {short} pixels; only {short} is possible; "
             "leave it out, or pack them again with that short side."
         )
+    if isinstance(crop, int) and crop > short:
+        raise OptionError(
+            f"Crops of {crop} pixels do not fit into images that are packed with a short side of {short}; at most {short} is "
+            f"possible; crop less (--data.crop {short}), or pack them again with a longer one (--short-side)."
+        )
     views = make_views(crop, short, mean, std, source=f"packed at short side {short}")
     chosen = tuple(index.classes if classes is None else classes)
     train, evaluation = (_open(place, part, verify).choose(index.classes, chosen) for part in (index.train, index.evaluation))

@@ -43,11 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
         0.
     """
     classes = None
-    if arguments.class_list is not None:
-        wanted = find_class_list(arguments.class_list)
-        classes = present_classes(arguments.source, wanted, allow_missing=arguments.allow_missing_classes).wnids
     with tqdm(unit=" images", dynamic_ncols=True, disable=None) as bar, warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: bar.write(f"Note: {message}", file=sys.stderr)
+
+        if arguments.class_list is not None:
+            wanted = find_class_list(arguments.class_list)
+            classes = present_classes(arguments.source, wanted, allow_missing=arguments.allow_missing_classes).wnids
 
         def advance(done: int, total: int) -> None:
             bar.total = total

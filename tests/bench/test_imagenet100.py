@@ -16,6 +16,7 @@ from PIL import Image
 from distillzoo.bench.plan import make_plan
 from distillzoo.bench.recipe import Pair, apply_override, load_recipe
 from distillzoo.bench.rows import load_table
+from distillzoo.bench.table import make_table
 from distillzoo.data import find_class_list, imagenet_rows, imagenet_wnids, load_dataset
 from distillzoo.models import MODELS, create_model
 from tests.bench.conftest import Call, Stop, records
@@ -192,6 +193,7 @@ def test_a_partial_copy_on_request(places: Path, call: Call, tmp_path: Path) -> 
     outcome = call(*asked)
     assert outcome.code == 0, outcome.err
     assert "class list more.txt without 1, 3 classes" in outcome.out
+    assert "lacks 1 of the 4 classes of the class list 'more.txt', and goes without: n02123045 (tabby" in outcome.err
     assert "data.class_list, data.allow_missing_classes changed" in outcome.out
 
 
@@ -201,6 +203,9 @@ def test_the_shipped_recipe_lays_the_table_out(table: str, rows: int, places: Pa
     images = load_dataset("imagenet100", root=places / "copy", class_list=places / "three.txt", workers=0)
     plan = make_plan(recipe, load_table(table), lambda _: images)
     assert len(plan.cells) == rows * 5 * 3
+    table_of_none = make_table(plan, {}, lambda _: {"accuracy": 93.5, "parameters": 5, "head": "slice"})
+    published = ", published 94.48 % (KDiffusion paper), student"
+    assert [published in block.caption for block in table_of_none.blocks] == [True] * 5
     lr = {cell.pair.student: cell.run.config.lr for cell in plan.cells}
     assert sorted(lr.values()) == [0.05] * 4 + [0.1]
     assert len({cell.teacher.id for cell in plan.cells}) == 1

@@ -69,7 +69,9 @@ def test_names():
 
 WRONG = {
     "n01440764\nn01440764\n": "names n01440764 twice",
-    "n01440764\ntench\n": "holds 'tench', which is no WordNet identifier",
+    "n01440764\ntench\n": "holds 'tench', which is no WordNet identifier .*, as n01440764, which has this name",
+    "English springer # a dog": "holds 'English springer', .* as n02102040, which has this name",
+    "crane\n": "holds 'crane', which is no WordNet identifier .n and 8 digits, as n0[0-9]{7}.; write",
     "n01440764\nn0144353\n": r"holds 'n0144353'.*as n01443537",
     "n01440764\n": "has 1 classes, at least 2",
     "# nothing\n": "has 0 classes",
@@ -89,6 +91,13 @@ def test_a_list_that_does_not_exist(tmp_path: Path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="cannot be read"):
         find_class_list(tmp_path / "binary.txt")
+    with pytest.raises(DataError, match="is a folder; name a text file"):
+        find_class_list(tmp_path)
+
+
+def test_a_list_as_other_systems_write_it(tmp_path: Path):
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfn01443537\r\nn01440764\r\n")
+    assert find_class_list(tmp_path / "list.txt").wnids == ("n01443537", "n01440764")
 
 
 def test_labels_are_positions_in_the_list(copy: Path, classes: Path):
@@ -128,15 +137,49 @@ def test_missing_classes_are_named_counted_and_refused(copy: Path, classes: Path
 
 def test_missing_classes_that_are_allowed(copy: Path, classes: Path):
     shutil.rmtree(copy / "val" / WNIDS[0])
-    data = load_dataset("imagenet100", root=copy, class_list=classes, allow_missing_classes=True, **SMALL)
+    with pytest.warns(UserWarning, match=r"lacks 1 of the 3 classes .* goes without: n01443537 \(goldfish\)\.$"):
+        data = load_dataset("imagenet100", root=copy, class_list=classes, allow_missing_classes=True, **SMALL)
     assert data.class_names == WNIDS[1:]
     assert "class list three.txt without 1, 2 classes" in data.description
     assert data.class_list.digest == ClassList("", WNIDS[1:]).digest
 
 
-def test_a_copy_with_none_of_the_classes(copy: Path):
-    with pytest.raises(DataError, match=r"lacks 98 of the 100 classes .*'first100' \(train has 2, val has 2\).* and 90 more"):
+def test_all_missing_classes_are_named(copy: Path, tmp_path: Path):
+    with pytest.raises(DataError, match=r"lacks 98 of the 100 classes .*'first100' \(train has 2, val has 2\)") as caught:
         load_dataset("imagenet100", root=copy, class_list="first100", **SMALL)
+    first = find_class_list("first100").wnids
+    assert [wnid for wnid in first if name_class(wnid) in str(caught.value)] == [wnid for wnid in first if wnid not in WNIDS]
+    (tmp_path / "odd.txt").write_text("\n".join((*WNIDS, "n99999999")))
+    with pytest.raises(DataError, match=r"n99999999 \(1 of them, such as n99999999, no class of ImageNet-1k\)"):
+        load_dataset("imagenet100", root=copy, class_list=tmp_path / "odd.txt", **SMALL)
+
+
+def test_a_copy_with_none_of_the_classes(copy: Path, classes: Path, tmp_path: Path):
+    deep = tmp_path / "kaggle" / "ILSVRC" / "Data" / "CLS-LOC"
+    deep.parent.mkdir(parents=True)
+    notes = tmp_path / "kaggle" / "ILSVRC" / "Annotations" / "CLS-LOC" / "train" / WNIDS[0]
+    notes.mkdir(parents=True)
+    (notes / "0.xml").touch()
+    copy.rename(deep)
+    listed = r"\(n01443537 \(goldfish.*"
+    found = rf"none of the 3 classes of the class list 'three.txt' {listed}; it holds 'ILSVRC'; .* name '{deep}'\.$"
+    with pytest.raises(DataError, match=found):
+        load_dataset("imagenet100", root=tmp_path / "kaggle", class_list=classes, allow_missing_classes=True, **SMALL)
+    fill(tmp_path / "pets" / "train", 1, [f"pet{number}" for number in range(9)])
+    fill(tmp_path / "pets" / "val", 1, [f"pet{number}" for number in range(9)])
+    with pytest.raises(DataError, match=r"it holds 'pet0', .*'pet7' and others; .*name another folder \(--data-root\)"):
+        load_dataset("imagenet100", root=tmp_path / "pets", class_list=classes, **SMALL)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="it holds nothing; expected is DIR/train/WNID/IMAGE"):
+        load_dataset("imagenet100", root=tmp_path / "empty", class_list=classes, **SMALL)
+
+
+def test_one_tree_is_not_the_whole_list(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("distillzoo.data.imagenet100.find_class_list", lambda name: ClassList("cmc", WNIDS, counts=(12, 6)))
+    with pytest.raises(DataError, match=r"is one tree of classes without evaluation images of its own.*name DIR"):
+        load_dataset("imagenet100", root=copy / "train", **SMALL)
+    with pytest.raises(DataError, match=r"holds images that lie in no class folder; .* name DIR"):
+        load_dataset("imagenet100", root=copy / "train" / WNIDS[0], **SMALL)
 
 
 def test_the_number_of_images_is_checked_where_it_is_known(copy: Path, monkeypatch: pytest.MonkeyPatch):
@@ -191,12 +234,22 @@ def test_packed_classes_are_those_of_the_files(copy: Path, classes: Path, tmp_pa
         assert torch.equal(ours.images, theirs.images)
 
 
-def test_packing_classes_that_are_missing(copy: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_packing_classes_that_are_missing(
+    copy: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     shutil.rmtree(copy / "val" / WNIDS[0])
     assert pack(copy, tmp_path / "out", "--class-list", classes) == 2
     assert "lacks 1 of the 3 classes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert pack(copy, tmp_path / "out", "--short-side", 18, "--class-list", classes, "--allow-missing-classes") == 0
+    said = capsys.readouterr().err
+    assert "Note: " in said
+    assert "goes without: n01443537 (goldfish)" in said
+    other = ClassList("other", ("n13037406",))
+    monkeypatch.setattr("distillzoo.data.imagenet100.find_class_list", lambda name: other)
+    with pytest.raises(DataError, match=r"none of the 1 classes of the class list 'other'.*what python -m distillzoo pack wrote"):
+        load_dataset("imagenet100", root=tmp_path / "out", class_list="other", packed=True, crop=16)
+    monkeypatch.undo()
     with pytest.raises(DataError, match=r"lacks 1 of the 3 classes .* \(out has 2\)"):
         load_dataset("imagenet100", root=tmp_path / "out", class_list=classes, packed=True, crop=16)
 
