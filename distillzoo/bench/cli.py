@@ -122,7 +122,8 @@ class Command:
         self.teachers = TeacherStore(self.store, teacher_folders)
         self.show = show
         self._loaded = {} if loaded is None else loaded
-        self.plan = self._plan()
+        with console.explained("Reading the data: every file is looked at, and its content becomes part of the runs' ids ..."):
+            self.plan = self._plan()
         self.results: dict[str, dict[str, Any]] = {}
         self.view: Table | SweepView | None = None
         self._held = ExitStack()

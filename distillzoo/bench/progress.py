@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
@@ -14,6 +16,7 @@ from distillzoo.engine import StepReport
 
 __all__ = ["Console", "GroupProgress", "Meter"]
 
+_PATIENCE = 10.0  # seconds of silence before a wait is explained
 _LINE_SECONDS = 30.0  # between two lines of progress where no terminal shows a bar
 
 
@@ -45,6 +48,21 @@ class Console:
                 stream.flush()
         except BrokenPipeError:  # the reader has left (| head): training goes on without one
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    @contextmanager
+    def explained(self, text: str) -> Iterator[None]:
+        """Say what is being done, if it takes long.
+
+        Args:
+            text: What is said after some seconds.
+        """
+        timer = threading.Timer(_PATIENCE, self.warn, [text])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def meter(self, total: float, done: float = 0.0) -> Meter:
         """Start the bar of a plan."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 
 import pytest
 
@@ -58,3 +59,18 @@ def test_a_reader_that_leaves_does_not_stop_a_run() -> None:
         console = Console(pipe, io.StringIO())
         console.say("nobody reads this")
         console.say("nor this")
+
+
+def test_a_long_wait_is_explained_once_and_a_short_one_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    err = io.StringIO()
+    console = Console(io.StringIO(), err)
+    with console.explained("Reading ..."):
+        pass
+    assert err.getvalue() == ""
+    monkeypatch.setattr(progress, "_PATIENCE", 0.0)
+    with console.explained("Reading ..."):
+        for _ in range(1000):
+            if err.getvalue():
+                break
+            time.sleep(0.01)
+    assert err.getvalue() == "Reading ...\n"
