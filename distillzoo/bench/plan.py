@@ -219,7 +219,8 @@ def _teacher_job(recipe: Recipe, name: str, data: DataSet, checkpoint: Path | No
         "storage": recipe.teacher_storage,
     }
     if checkpoint is not None and not checkpoint.is_file():
-        raise OptionError(f"The teacher checkpoint {str(checkpoint)!r} does not exist; name a .safetensors or .pt file.")
+        fault = "is a folder" if checkpoint.is_dir() else "does not exist"
+        raise OptionError(f"The teacher checkpoint {str(checkpoint)!r} {fault}; name a .safetensors or .pt file.")
     sliced = recipe.teacher_head == "slice"
     if checkpoint is not None or sliced:  # a teacher that is trained here sees what it was trained on
         identity = {key: identity[key] for key in ("results_version", "kind", "data", "network")}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distillzoo.errors import OptionError, unknown_name
+from distillzoo.models import create_model
 from distillzoo.taps import OwnView
 from distillzoo.types import DataSpec
 
@@ -93,6 +94,7 @@ def published_weights(name: str) -> str:
     Args:
         name: Name of the network.
     Raises:
+        UnknownNameError: If there is no such network; near matches are named.
         OptionError: If there are none, or they are of other classes.
     """
     if name.startswith(_TIMM):
@@ -108,6 +110,7 @@ def published_weights(name: str) -> str:
         if name.removeprefix(_TORCHVISION) in torchvision.models.list_models(module=torchvision.models):
             weights = torchvision.models.get_model_weights(name.removeprefix(_TORCHVISION)).DEFAULT
             return f"torchvision {weights}"
+    create_model(name, num_classes=_IMAGENET_CLASSES)  # raises, with near matches, where there is no such network
     raise OptionError(
         f"There are no published weights of {name!r} for ImageNet's 1,000 classes, whose head could be cut; give a file of a "
         "network with 1,000 classes (--teacher-checkpoint), or train the teacher here (--teacher-head own)."

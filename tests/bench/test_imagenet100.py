@@ -139,11 +139,14 @@ WRONG = [
     (["--packed"], {}, "no index.json"),
     (["--teacher-head", "own"], {}, "must hold weights of a timm/test_resnet with 3 classes"),
     ([], {"teacher": "own.pt"}, "weights of a timm/test_resnet with 1000 classes (--teacher-head own takes one"),
+    (["--teacher", "timm/test_resnett"], {"teacher": None}, "Did you mean 'timm/test_resnet'"),
+    (["--teacher", "timm/test_resnett"], {}, "Did you mean 'timm/test_resnet'"),
+    ([], {"teacher": "."}, "is a folder; name a .safetensors or .pt file"),
     (["--teacher", "tinycnn_32"], {"teacher": None}, "no published weights of 'tinycnn_32'"),
 ]
 
 
-@pytest.mark.parametrize(("more", "changed", "words"), WRONG, ids=[words for _, _, words in WRONG])
+@pytest.mark.parametrize(("more", "changed", "words"), WRONG, ids=[str(number) for number in range(len(WRONG))])
 def test_wrong_input(more: list[str], changed: dict[str, Any], words: str, places: Path, call: Call, tmp_path: Path) -> None:
     torch.save(create_model("timm/test_resnet", num_classes=3).state_dict(), places / "own.pt")
     outcome = call(*arguments(places, tmp_path / "runs", *more, **changed))
