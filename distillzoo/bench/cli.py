@@ -193,8 +193,9 @@ class Command:
             if action == "dry-run":
                 from distillzoo.bench.dryrun import estimate
 
-                self.console.say(estimate(groups, self.teachers, self.device, self.console.warn))
-                return DONE
+                text, whole = estimate(groups, self.teachers, self.device, self.console.warn)
+                self.console.say(text)
+                return DONE if whole else FAILED
             self._hold()
             failed = not SerialRunner(self.plan, self.store, self.teachers, self.device, self.console).run(groups)
             self._read_results()

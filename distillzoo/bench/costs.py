@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,6 +33,7 @@ class Cost:
         evaluation_minutes: Those of the minutes that evaluation takes.
         flops: Floating-point operations of a step of the whole group, two for a multiplication with its addition.
         tried: Batch sizes that were tried in place of the group's own; empty where its own was measured.
+        faults: What went wrong, by name of the member, ``""`` for all of them: memory ran out, say. The rest then means nothing.
     """
 
     steps: int
@@ -42,6 +43,7 @@ class Cost:
     evaluation_minutes: float = 0.0
     flops: float = 0.0
     tried: tuple[int, ...] = ()
+    faults: Mapping[str, str] = field(default_factory=dict)
 
 
 class _OneStep(Observer):
@@ -91,6 +93,8 @@ def extrapolated(task: GroupTask, measure: Callable[[GroupTask], Cost]) -> Cost:
     """
     small, large = _TRIED
     low, high = (measure(with_batch(task, size)) for size in _TRIED)
+    if low.faults or high.faults:
+        return replace(high, faults=low.faults or high.faults)
     size = task.config.batch_size
     # what does not grow with the batch is neither negative nor more than the small one took: clocks are noisy
     fixed = (large * low.step_seconds - small * high.step_seconds) / (large - small)

@@ -7,8 +7,9 @@ import itertools
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from distillzoo.bench.render import as_text
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.bench.training import GroupTask, student_task
 from distillzoo.engine import EpochReport, Observer, StepReport, Trainer, evaluate_all
+from distillzoo.errors import DistillZooError
 from distillzoo.types import Batch, DataSpec, Loader
 
 __all__ = ["Cost", "estimate", "measure"]
@@ -92,6 +94,9 @@ def _measure(task: GroupTask) -> Cost:
             member.finish_phase()
     with contextlib.suppress(EnoughError):
         trainer.run()
+    faults = {name: member.message for name, member in trainer.members.items() if member.status in ("failed", "diverged")}
+    if faults:
+        return Cost(0, 0.0, 0.0, _peak(task.device), faults=faults)
     batch_seconds = _evaluation_seconds(trainer, task)
     memory = _peak(task.device)
     epochs, steps = task.config.epochs, len(trainer.train)
@@ -136,8 +141,8 @@ def _peak(device: torch.device) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
-def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.device, say: Callable[[str], None]) -> str:
-    """Return a table of what every missing teacher and every group will cost on this machine.
+def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.device, say: Callable[[str], None]) -> tuple[str, bool]:
+    """Return a table of what every missing teacher and every group will cost on this machine, and whether all could be measured.
 
     Args:
         groups: What is left to run.
@@ -148,19 +153,24 @@ def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.devi
     jobs = {group.teacher.id: group.teacher for group in groups if group.teacher is not None}
     missing = [job for job in jobs.values() if not job.imported and teachers.find(job) is None]
     entries: list[tuple[str, int, Cost]] = []
+    problems: dict[str, None] = {}
     for job in missing:
         say(f"Measuring teacher {job.name} ...")
-        entries.append((f"teacher {job.name}", 1, measure(teachers.task(job, device))))
+        entries.append((f"teacher {job.name}", 1, _guarded(partial(measure, teachers.task(job, device)))))
+        problems |= _explained(f"teacher {job.name}", entries[-1][2], {})
     measured: dict[str, Cost] = {}
     for group in groups:
         rows = [(run.row.name, run.row.point) for run in group.runs]
         key = repr((group.pair, group.config, id(group.data), rows))
         if key not in measured:
             say(f"Measuring {group.pair}, {len(group.runs)} members ...")
-            measured[key] = _group_cost(group, device)
+            measured[key] = _guarded(partial(_group_cost, group, device))
+            problems |= _explained(str(group.pair), measured[key], {run.id: run.row.label for run in group.runs})
         entries.append((f"{group.pair} seed {group.seed}", len(group.runs), measured[key]))
     lines = [
-        [
+        [name, str(size), *["-"] * 4, f"{cost.flops / 1e12:.3g}" if cost.flops else "-", "failed"]
+        if cost.faults
+        else [
             name,
             str(size),
             str(cost.steps),
@@ -185,7 +195,26 @@ def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.devi
         else ""
     )
     data = "".join(f"\n{text}." for text in dict.fromkeys(group.data.description for group in groups))
-    return f"{table}\n\nIn all {total:.1f} minutes for {cells} cells of {runs} runs on {where}, {how}.{small}{data}"
+    failed = "".join(f"\n{sentence}" for sentence in problems)
+    text = f"{table}\n\nIn all {total:.1f} minutes for {cells} cells of {runs} runs on {where}, {how}.{small}{data}{failed}"
+    return text, not problems
+
+
+def _guarded(action: Callable[[], Cost]) -> Cost:
+    """Measure; what goes wrong is part of the answer, and the other groups are measured all the same."""
+    try:
+        return action()
+    except DistillZooError:
+        raise
+    except Exception as error:
+        return Cost(0, 0.0, 0.0, 0.0, faults={"": f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"})
+
+
+def _explained(name: str, cost: Cost, labels: Mapping[str, str]) -> dict[str, None]:
+    """Return a sentence for each thing that went wrong, as keys."""
+    texts = {f"{labels[member]}: {text}" if member in labels else text: None for member, text in cost.faults.items()}
+    advice = "it is left out of the sum; if memory ran out, take a smaller --student.batch_size or fewer --methods"
+    return {f"{name} could not be measured ({text.rstrip('.')}); {advice}.": None for text in texts}
 
 
 def _group_cost(group: Group, device: torch.device) -> Cost:

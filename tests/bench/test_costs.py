@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,3 +79,20 @@ def test_a_large_step_is_not_tried_on_a_cpu(
     lines = [line.split() for line in outcome.out.splitlines()]
     assert lines[3][:5] == ["tinycnn_32:tinycnn_8", "seed", "0", "2", "6"], "3 epochs of 2 steps of up to 20 images"
     assert outcome.out.rstrip().endswith("synthetic, 24 training and 12 test images.")
+
+
+@pytest.mark.parametrize("place", ["distillzoo.engine.member.Member.train_step", "distillzoo.taps.Teacher.trace"])
+def test_what_cannot_be_measured_is_said(
+    place: str, call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(place, full)
+    outcome = call("--recipe", recipe_file, "--dry-run", "--seeds", "0,1", "--methods", "kd", "--output", str(tmp_path / "runs"))
+    assert outcome.code == 1
+    assert "OutOfMemoryError: CUDA out of memory" in outcome.out
+    assert "it is left out of the sum; if memory ran out, take a smaller --student.batch_size" in outcome.out
+    assert outcome.out.count("failed") >= 2, "both seeds"
+    assert "tinycnn_32:tinycnn_8 could not be measured" in outcome.out
+    assert not (tmp_path / "runs").exists()
