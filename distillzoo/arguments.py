@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from distillzoo.errors import OptionError, ShapeError
+from distillzoo.errors import DistillZooError, OptionError, ShapeError, failure_of
 from distillzoo.registry import DISTILLERS
 from distillzoo.stages import Probe
 from distillzoo.taps import Tapped, Teacher
@@ -44,11 +46,31 @@ def check_arguments(name: Any, student: Any, teacher: Any, data: Any, input_size
             raise OptionError(
                 f"A teacher must be a torch.nn.Module; got {one!r}; make one with create_model(name, num_classes=...)."
             )
+    _check_network("student", student)
+    for one in teachers:
+        if isinstance(one, nn.Module):
+            _check_network("teacher", one)
+    if next(student.parameters(), None) is not None and not any(p.requires_grad for p in student.parameters()):
+        raise OptionError(
+            f"No parameter of the student {type(student).__name__} requires a gradient, as those of a network that was a teacher; "
+            "a student must have some to train: call student.requires_grad_(True), or pass a copy that has."
+        )
     if data is not None and not isinstance(data, DataSpec):
         raise OptionError(f"data must be a DataSpec; got {type(data).__name__}; write DataSpec(num_classes, (height, width)).")
     sizes = input_size if isinstance(input_size, tuple) else (input_size, input_size)
     if input_size is not None and (len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes)):
         raise OptionError(f"input_size must be pixels, as 32 or (height, width); got {input_size!r}.")
+
+
+def _check_network(role: str, network: nn.Module) -> None:
+    if isinstance(network, torch.jit.ScriptModule):
+        raise OptionError(
+            f"The {role} is a torch.jit.ScriptModule, whose inside cannot be read; pass the module that it was made of."
+        )
+    if any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
+        raise OptionError(
+            f"The {role} {type(network).__name__} has lazy layers, which have no weights yet; run it once on some images first."
+        )
 
 
 def measured_data(student: nn.Module, input_size: int | tuple[int, int] | None) -> DataSpec:
@@ -75,8 +97,10 @@ def measured_data(student: nn.Module, input_size: int | tuple[int, int] | None) 
         try:
             with probe.evaluating():
                 classes = probe.width(student(probe.images), "student")
-        except (AssertionError, RuntimeError, ValueError) as error:
-            problems.append(f"at {height}x{width}: {(str(error) or type(error).__name__).splitlines()[0]}")
+        except ShapeError:  # it runs, and returns no logits: at another size it would not either
+            raise
+        except Exception as error:  # a network may raise anything at a size that it cannot take
+            problems.append(f"at {height}x{width}: {failure_of(error)}")
             continue
         return DataSpec(classes, (height, width), tuple(mean), tuple(std))
     raise ShapeError(
@@ -97,12 +121,13 @@ def tapped_student(student: nn.Module, data: DataSpec, stages: Sequence[Stage | 
     """
     try:
         return Tapped(student, data, stages=stages)
-    except (AssertionError, RuntimeError) as error:  # what networks raise for a size that they cannot take
+    except DistillZooError:
+        raise
+    except Exception as error:  # a network may raise anything at a size that it cannot take
         height, width = data.input_size
         raise ShapeError(
             f"The student {type(student).__name__} does not run on {data.channels}-channel images of {height}x{width} "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); pass input_size= in pixels, or data= of "
-            "images that it takes."
+            f"({failure_of(error)}); pass input_size= in pixels, or data= of images that it takes."
         ) from error
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "TapError",
     "UnknownNameError",
     "UnsupportedPairError",
+    "failure_of",
     "near_matches",
     "unknown_name",
 ]
@@ -61,6 +62,19 @@ class RecordError(DistillZooError, ValueError):
 
 class MissingDependencyError(DistillZooError, ImportError):
     """An optional package is needed and is not installed."""
+
+
+def failure_of(error: BaseException) -> str:
+    """Return the first line of what foreign code raised, with its type where that says more than that it failed.
+
+    Example:
+        >>> failure_of(KeyError("mask")), failure_of(RuntimeError("sizes differ")), failure_of(AssertionError())
+        ("KeyError: 'mask'", 'sizes differ', 'AssertionError')
+    """
+    line = next(iter(str(error).splitlines()), "")
+    return (
+        line if line and isinstance(error, AssertionError | RuntimeError) else ": ".join(filter(None, (type(error).__name__, line)))
+    )
 
 
 def near_matches(name: str, known: Iterable[str], limit: int = 3) -> list[str]:

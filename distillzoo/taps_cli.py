@@ -6,7 +6,7 @@ import argparse
 import sys
 from contextlib import suppress
 
-from distillzoo.errors import OptionError, ShapeError
+from distillzoo.errors import DistillZooError, OptionError, ShapeError, failure_of
 from distillzoo.models import create_model
 from distillzoo.taps import Tapped
 from distillzoo.taps.teacher import declared_data
@@ -49,10 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
             data = DataSpec(arguments.num_classes, declared_data(network, data).input_size)
     try:
         tapped = Tapped(network, data, role="network")
-    except (AssertionError, RuntimeError) as error:
+    except DistillZooError:
+        raise
+    except Exception as error:  # a network may raise anything at a size that it cannot take
         raise ShapeError(
-            f"{arguments.model} does not run on images of {data.input_size[0]}x{data.input_size[1]} "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); give --input-size in pixels."
+            f"{arguments.model} does not run on images of {data.input_size[0]}x{data.input_size[1]} ({failure_of(error)}); "
+            "give --input-size in pixels."
         ) from error
     sys.stdout.write(f"{arguments.model}, {data.input_size[0]}x{data.input_size[1]} pixels, {tapped.num_classes} classes\n\n")
     for line in _table(_rows(tapped)):

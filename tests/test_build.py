@@ -139,6 +139,57 @@ def test_a_student_that_does_not_take_the_images_of_the_data_is_a_sentence():
         build(student=Fixed(48), data=tiny_data(), input_size=None)
 
 
+class Asking(nn.Module):
+    """Wants more than images, or fails at them in its own way."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+        self.error = error
+
+    def forward(self, images, mask=None):
+        if self.error is not None:
+            raise self.error
+        return {"logits": self.fc(images.mean((2, 3)))} if mask is None else mask
+
+
+@pytest.mark.parametrize("kind", [TypeError, KeyError, IndexError, ValueError, Warning])
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_whatever_a_network_raises_becomes_a_sentence(kind, role):
+    error = kind("mask is missing")
+    with pytest.raises(ShapeError, match=rf"{role} Asking does not run on .*{type(error).__name__}: .*mask") as caught:
+        build(**{role: Asking(error)}, data=tiny_data(), input_size=None)
+    assert caught.value.__cause__ is error
+    with pytest.raises(ShapeError, match="Asking"):
+        build(**{role: Asking(error)})
+
+
+def test_a_network_that_returns_no_logits_is_told_so_and_nothing_of_sizes():
+    with pytest.raises(ShapeError, match=r"^The student Asking returned dict .*Wrap it in a module that does\.$"):
+        build(student=Asking())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_networks_that_cannot_be_read_are_refused(role):
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    with pytest.raises(OptionError, match=f"The {role} Sequential has lazy layers.*run it once"):
+        build(**{role: lazy})
+    lazy(torch.zeros(1, 3, 16, 16))
+    build(**{role: lazy})
+    plain = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
+    with pytest.raises(OptionError, match=f"The {role} is a torch.jit.ScriptModule"):
+        build(**{role: torch.jit.script(plain)})
+
+
+def test_a_student_that_was_a_teacher_is_refused():
+    with pytest.raises(OptionError, match=r"No parameter of the student TinyNet requires a gradient.*requires_grad_\(True\)"):
+        build(student=TinyNet().requires_grad_(False))
+    partly = TinyNet()
+    partly.stem.requires_grad_(False)
+    build(student=partly)
+
+
 def test_a_given_spec_is_kept():
     data = tiny_data()
     assert build(data=data, input_size=None).data is data

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from distillzoo import create_model
 from distillzoo.dataflow import Flow, RemainingPath, linear_sites, reaches_by_addition, same_function, tap_before_activation
+from distillzoo.dataflow.experiments import is_linear_op
 from distillzoo.errors import OptionError, TapError, UnsupportedPairError
 from distillzoo.taps import Tapped, Teacher
 from distillzoo.types import DataSpec, Stage
@@ -398,3 +399,11 @@ def test_a_network_that_takes_no_smaller_maps_is_refused_with_the_size():
     RemainingPath(flow, "1:input", (4, 16, 16), (16, 16))
     with pytest.raises(UnsupportedPairError, match=r"takes no maps of \(8, 8\)"):
         RemainingPath(flow, "1:input", (4, 16, 16), (8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_few_digits_bend_no_linear_op(dtype):
+    conv = nn.Conv2d(3, 8, 3, padding=1).to(dtype)
+    assert is_linear_op(conv, torch.Size((2, 3, 8, 8)))
+    assert conv.weight.dtype is dtype
+    assert not is_linear_op(nn.LayerNorm((4, 4)).to(dtype), torch.Size((2, 3, 4, 4)))

@@ -184,3 +184,24 @@ def test_branches_go_where_that_tensor_comes_from():
     exported, images = distiller.eval().export_student(), torch.randn(2, 3, 32, 32)
     assert torch.allclose(exported(images), distiller.predict(images), atol=1e-5)
     assert exported.state_dict().keys() == NestedNet().state_dict().keys()
+
+
+class Again(nn.Module):
+    """One block at three resolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = convs(3, 4, 4), convs(4, 4, stride=1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for _ in range(3):
+            x = F.max_pool2d(self.block(x), 2)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def test_a_block_that_runs_again_is_the_stage_of_its_last_run():
+    made = Tapped(Again(), DATA)
+    assert [stage.path for stage in made.stages] == ["stem", "block"]
+    assert made.shapes["stage2"] == (4, 4, 4)

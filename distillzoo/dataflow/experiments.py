@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,10 @@ def is_linear_op(module: nn.Module, shape: torch.Size) -> bool:
     leaf = not list(module.children()) and not module._buffers and own.keys() <= {"weight", "bias"}
     if not leaf or weight is None or weight.ndim < 2 or not weight.is_floating_point():
         return False
+    if weight.dtype in (torch.float16, torch.bfloat16):  # sums of so few digits would look bent
+        module = copy.deepcopy(module).float()
+        own = dict(module.named_parameters(recurse=False))
+        weight = own["weight"]
     x, y = _draw(shape, weight, 0), _draw(shape, weight, 1)
     try:
         fx, fy, origin = module(x), module(y), module(torch.zeros_like(x))

@@ -181,12 +181,13 @@ def _by_size(
     behind = run.after(head.node for head in _heads(run))
     groups: dict[tuple[int, int], dict[Node, Call]] = {}
     ops: dict[tuple[int, int], int] = {}
+    last = {call.path: call for call in run.calls}
     for call in run.calls:
         size = None if call.shape is None or not call.path else map_size(module, probe.data, call.shape)
         if size is None or call.node not in run.depths or call.node in behind:  # the classifier's own maps are no stage
             continue
         ops[size] = ops.get(size, 0) + call.has_weights
-        if call.node in nodes and size[0] * size[1] > 1:
+        if call.node in nodes and size[0] * size[1] > 1 and last[call.path] is call:  # a tap sees the last call of a module
             same = groups.setdefault(size, {})
             inner = same.setdefault(call.node, call)
             if inner.path.startswith(f"{call.path}."):  # a container; not a dropout that comes after and rests in eval mode

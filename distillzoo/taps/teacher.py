@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distillzoo.errors import OptionError, ShapeError
+from distillzoo.errors import DistillZooError, OptionError, ShapeError, failure_of
 from distillzoo.taps.tapped import Tapped
 from distillzoo.types import Batch, DataSpec, Stage, Trace
 
@@ -225,10 +225,11 @@ def as_teacher(
     own = declared_data(teacher, data) if isinstance(own_data, str) else own_data
     try:
         return Teacher(teacher, data, stages=stages, own_data=own)
-    except (AssertionError, RuntimeError) as error:
+    except DistillZooError:
+        raise
+    except Exception as error:  # a network may raise anything at a size that it cannot take
         height, width = (own or data).input_size
         raise ShapeError(
-            f"The teacher {type(teacher).__name__} does not run on images of {height}x{width} "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); if it wants another size or normalisation "
-            "than the student, pass teacher_data='declared' or teacher_data=DataSpec(...)."
+            f"The teacher {type(teacher).__name__} does not run on images of {height}x{width} ({failure_of(error)}); if it wants "
+            "another size or normalisation than the student, pass teacher_data='declared' or teacher_data=DataSpec(...)."
         ) from error
