@@ -166,6 +166,8 @@ def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.devi
             say(f"Measuring {group.pair}, {len(group.runs)} members ...")
             measured[key] = _guarded(partial(_group_cost, group, device))
             problems |= _explained(str(group.pair), measured[key], {run.id: run.row.label for run in group.runs})
+            if not measured[key].faults:  # it may be half an hour until the last one is measured
+                say(f"... {1000 * measured[key].step_seconds:.1f} ms/step, {measured[key].minutes / 60:.2f} hours a seed.")
         entries.append((f"{group.pair} seed {group.seed}", len(group.runs), measured[key]))
     lines = [
         [name, str(size), *["-"] * 4, f"{cost.flops / 1e12:.3g}" if cost.flops else "-", "failed"]

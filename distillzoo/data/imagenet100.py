@@ -90,14 +90,15 @@ def imagenet100(
             classes=chosen.wnids,
         )
         images = load(split="test", verify=verify)
-        _check_counts(chosen, (len(images.train), len(images.evaluation)), place, allow_missing_classes, seeded=index.seeded)
+        bad = _bad_images(index.skipped, chosen)
+        found = (len(images.train) + bad[0], len(images.evaluation) + bad[1])
+        _check_counts(chosen, found, place, allow_missing_classes, seeded=index.seeded)
         return replace(images if split == "test" else load(split=split, verify=False), class_list=chosen)
     cropped = make_views(crop, resize, mean, std)
     chosen = present_classes(place, wanted, allow_missing=allow_missing_classes)
     tree = read_tree(place, classes=chosen.wnids, skip_bad=skip_bad)
-    train = str(tree.train.root)
-    bad = sum(Path(file).is_relative_to(train) for file in tree.skipped)
-    found = (len(tree.train) + bad, len(tree.evaluation) + len(tree.skipped) - bad)
+    bad = _bad_images(tree.skipped, chosen)
+    found = (len(tree.train) + bad[0], len(tree.evaluation) + bad[1])
     _check_counts(chosen, found, place, allow_missing_classes, seeded=tree.seeded)
     title = f"ImageNet, {chosen}" + (", a fifth split off" if tree.seeded else "")
     data = folder_from_tree(tree, cropped, split=split, name="imagenet100", title=title, workers=workers)
@@ -200,16 +201,27 @@ def _entry_name(entry: os.DirEntry[str]) -> str:
     return entry.name
 
 
+def _bad_images(files: Sequence[str], chosen: ClassList) -> tuple[int, int]:
+    """Count the training and evaluation images of a list that were left out because they cannot be used."""
+    paths = [Path(file) for file in files]
+    folders = [path.parts[path.parts.index(wnid) - 1] for path in paths for wnid in chosen.wnids if wnid in path.parts]
+    return folders.count("train"), len(folders) - folders.count("train")
+
+
 def _check_counts(chosen: ClassList, found: tuple[int, int], place: Path, allow_missing: bool, *, seeded: bool) -> None:
-    if chosen.counts is not None and chosen.counts != found and not allow_missing and seeded:
+    if chosen.counts is None or chosen.counts == found:
+        return
+    train, evaluation = chosen.counts
+    counted = (
+        f"{str(place)!r} has {found[0]:,} training and {found[1]:,} evaluation images of the class list {chosen.name!r}, a whole "
+        f"copy has {train:,} and {evaluation:,}"
+    )
+    if allow_missing:
+        warnings.warn(f"{counted}.", stacklevel=2)
+        return
+    if seeded:
         raise DataError(
             f"{str(place)!r} is one tree of classes without evaluation images of its own, so the class list {chosen.name!r} is not "
             f"whole here; expected is {_LAYOUT}; name DIR (--data-root), or go on with a fifth split off (--allow-missing-classes)."
         )
-    if chosen.counts is not None and chosen.counts != found and not allow_missing:
-        train, evaluation = chosen.counts
-        raise DataError(
-            f"{str(place)!r} has {found[0]:,} training and {found[1]:,} evaluation images of the class list {chosen.name!r}, a "
-            f"whole copy has {train:,} and {evaluation:,}; a partial copy is refused; complete it, or go on with what is there "
-            "(--allow-missing-classes)."
-        )
+    raise DataError(f"{counted}; a partial copy is refused; complete it, or go on with what is there (--allow-missing-classes).")

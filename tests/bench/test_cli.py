@@ -239,6 +239,7 @@ def test_dry_run_measures_and_writes_nothing(call: Call, recipe_file: str, tmp_p
     assert float(lines[3][5]) > 0
     assert float(lines[3][7]) > 10, "MiB"
     assert "nothing was written" in outcome.out
+    assert outcome.err.count(" hours a seed.") == 1, "said when it is known; the second seed costs the same"
     assert not (tmp_path / "runs").exists()
 
 

@@ -182,7 +182,7 @@ def test_one_tree_is_not_the_whole_list(copy: Path, monkeypatch: pytest.MonkeyPa
         load_dataset("imagenet100", root=copy / "train" / WNIDS[0], **SMALL)
 
 
-def test_the_number_of_images_is_checked_where_it_is_known(copy: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_number_of_images_is_checked_where_it_is_known(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = ClassList("cmc", WNIDS, counts=(12, 6))
     monkeypatch.setattr("distillzoo.data.imagenet100.find_class_list", lambda name: whole)
     assert len(load_dataset("imagenet100", root=copy, **SMALL).train) == 12
@@ -190,10 +190,13 @@ def test_the_number_of_images_is_checked_where_it_is_known(copy: Path, monkeypat
     bad.write_bytes(b"no image")
     with pytest.warns(UserWarning, match="left out"):
         assert len(load_dataset("imagenet100", root=copy, skip_bad=True, **SMALL).train) == 11, "it is there, if of no use"
+    assert pack(copy, tmp_path / "packed", "--short-side", 18, "--skip-bad") == 0
+    assert len(load_dataset("imagenet100", root=tmp_path / "packed", packed=True, crop=16).train) == 11
     bad.unlink()
     with pytest.raises(DataError, match=r"has 11 training and 6 evaluation images.*a whole copy has 12 and 6"):
         load_dataset("imagenet100", root=copy, **SMALL)
-    assert len(load_dataset("imagenet100", root=copy, allow_missing_classes=True, **SMALL).train) == 11
+    with pytest.warns(UserWarning, match=r"has 11 training and 6 evaluation images .*a whole copy has 12 and 6\."):
+        assert len(load_dataset("imagenet100", root=copy, allow_missing_classes=True, **SMALL).train) == 11
 
 
 def test_a_flat_evaluation_folder_and_no_root(copy: Path, classes: Path):
