@@ -36,7 +36,7 @@ def train(distiller: Distiller, size: int, steps: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=20, help="of every network")
+    parser.add_argument("--steps", type=int, default=100, help="of every network")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     teachers = []
