@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import itertools
 import resource
 import sys
@@ -123,10 +125,11 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: what is free, but kept, would hide what the next group takes
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the process's peak so far
-    except OSError:
-        return
 
 
 def _peak(device: torch.device) -> float:
@@ -198,7 +201,8 @@ def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.devi
     )
     data = "".join(f"\n{text}." for text in dict.fromkeys(group.data.description for group in groups))
     failed = "".join(f"\n{sentence}" for sentence in problems)
-    text = f"{table}\n\nIn all {total:.1f} minutes for {cells} cells of {runs} runs on {where}, {how}.{small}{data}{failed}"
+    sum_up = f"In all {total:.1f} minutes ({total / 60:.2f} hours) for {cells} cells of {runs} runs on {where}, {how}."
+    text = f"{table}\n\n{sum_up}{small}{data}{failed}"
     return text, not problems
 
 

@@ -96,3 +96,16 @@ def test_what_cannot_be_measured_is_said(
     assert outcome.out.count("failed") >= 2, "both seeds"
     assert "tinycnn_32:tinycnn_8 could not be measured" in outcome.out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells and forgets a process's peak")
+def test_the_peak_of_a_group_is_its_own_and_not_that_of_the_one_before() -> None:
+    device = torch.device("cpu")
+    large = [torch.ones(1 << 18) for _ in range(400)]  # 400 pieces of a MiB
+    kept = large[::40]  # the rest lies free between them
+    large.clear()
+    dryrun._reset_peak(device)
+    before = dryrun._peak(device)
+    again = [torch.ones(1 << 18) for _ in range(200)]
+    assert dryrun._peak(device) - before == pytest.approx(200, abs=60)
+    assert len(kept) + len(again) == 210
