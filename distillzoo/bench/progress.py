@@ -16,7 +16,7 @@ from distillzoo.engine import StepReport
 
 __all__ = ["Console", "GroupProgress", "Meter"]
 
-_PATIENCE = 10.0  # seconds of silence before a wait is explained
+_PATIENCE = 30.0  # seconds of silence before a wait is explained
 _LINE_SECONDS = 30.0  # between two lines of progress where no terminal shows a bar
 
 
