@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from distillzoo import DataSpec, Distiller, DistillZooError, Teacher, build_distiller, create_model
+from distillzoo.build import describe_distiller
 from distillzoo.data import DataSet, load_dataset
 from distillzoo.engine import EpochReport, Observer, StepReport, TrainConfig, Trainer, evaluate_all
 from distillzoo.errors import DataError, MissingDependencyError, OptionError, ShapeError
@@ -292,10 +293,13 @@ def hand_over(student: nn.Module, teacher_accuracy: float, args: argparse.Namesp
             print(f"{name}: {files[name]}")
         except DistillZooError as error:
             problems.append(str(error))
+    options, by_term = pairs(args.option, "--option"), pairs(args.weight, "--weight") or None
+    described = describe_distiller(args.method, weights=by_term, **options)  # the defaults too: they may change some day
+    height, width = teacher_view(args, data).input_size
     recipe = {
         "method": args.method,
-        "options": ", ".join(args.option + args.weight) or "defaults",
-        "teacher": f"{args.teacher}, {teacher_accuracy:.2f} %",
+        **{what: ", ".join(f"{name}={value}" for name, value in values.items()) or "none" for what, values in described.items()},
+        "teacher": f"{args.teacher}, which sees {height} x {width} pixels: {teacher_accuracy:.2f} %",
         "started from": args.student_checkpoint or ("published weights" if args.pretrained else "random weights"),
         **{name: getattr(config, name) for name in ("epochs", "batch_size", "lr", "schedule", "weight_decay", "precision")},
         "seed": args.seed,

@@ -95,6 +95,8 @@ def test_a_timm_student_comes_out_whole(photos, tmp_path, capsys):
         "GFLOPs",
         "Licence of the weights: CC0-1.0",
         "temperature=2",
+        "ce=0.1, kd=0.9",
+        "which sees 32 x 32 pixels",
         "ant, bee, cow",
         "% top-1",
     ):
