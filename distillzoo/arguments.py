@@ -117,18 +117,23 @@ def tapped_student(student: nn.Module, data: DataSpec, stages: Sequence[Stage | 
         stages: As for :class:`Tapped`.
     Raises:
         TapError: As for :class:`Tapped`.
-        ShapeError: If it does not run on images of that size, or returns no logits.
+        ShapeError: If it does not run on images of that size, in eval or in training mode, or returns no logits.
     """
+    ran = "run"
     try:
-        return Tapped(student, data, stages=stages)
+        tapped = Tapped(student, data, stages=stages)
+        ran, probe = "train", Probe(student, data)
+        with probe.training():  # some have branches that only run here, such as auxiliary classifiers, and need larger maps
+            student(probe.images)
     except DistillZooError:
         raise
     except Exception as error:  # a network may raise anything at a size that it cannot take
         height, width = data.input_size
         raise ShapeError(
-            f"The student {type(student).__name__} does not run on {data.channels}-channel images of {height}x{width} "
+            f"The student {type(student).__name__} does not {ran} on {data.channels}-channel images of {height}x{width} "
             f"({failure_of(error)}); pass input_size= in pixels, or data= of images that it takes."
         ) from error
+    return tapped
 
 
 def check_classes(student: Tapped, teacher: Teacher | None, num_classes: int | None) -> None:

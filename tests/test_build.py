@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -188,6 +190,27 @@ def test_a_student_that_was_a_teacher_is_refused():
     partly = TinyNet()
     partly.stem.requires_grad_(False)
     build(student=partly)
+
+
+def test_a_student_that_runs_on_the_images_and_does_not_train_on_them_is_a_sentence():
+    """As networks whose auxiliary classifier, in training mode alone, needs larger maps than the network itself."""
+
+    class Auxiliary(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.auxiliary = nn.Conv2d(3, 1, 32)
+            self.norm = nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            if self.training:
+                self.auxiliary(x)
+            return self.norm(super().forward(x))
+
+    student = Auxiliary()
+    with pytest.raises(ShapeError, match=r"student Auxiliary does not train on 3-channel images of 16x16.*pass input_size="):
+        build(student=student, data=tiny_data(), input_size=None)
+    build(student=(trains := Auxiliary()), teacher=TinyNet(), data=replace(tiny_data(), input_size=(32, 32)), input_size=None)
+    assert trains.norm.num_batches_tracked == 0, "the trial leaves no trace"
 
 
 def test_a_given_spec_is_kept():

@@ -79,15 +79,27 @@ class Probe:
         Args:
             dropping: Whether dropout that works in place is switched on: it overwrites what it reads, and only then.
         """
+        with self._put_back_after(draws=dropping):
+            self.module.eval()
+            for child in self.overwriting_dropouts() if dropping else ():
+                child.training = True
+            yield
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Run the block in training mode without gradients; flags, buffers, caches and generators are put back as they were."""
+        with self._put_back_after(draws=True):
+            self.module.train()
+            yield
+
+    @contextmanager
+    def _put_back_after(self, *, draws: bool) -> Iterator[None]:
         flags = [(child, child.training) for child in self.module.modules()]
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         caches = [(child, _plain_state(child)) for child in self.module.modules()]
-        self.module.eval()
-        for child in self.overwriting_dropouts() if dropping else ():
-            child.training = True
         devices = [self.images.device] if self.images.is_cuda else []
         try:
-            with torch.random.fork_rng(devices, enabled=dropping), torch.no_grad():
+            with torch.random.fork_rng(devices, enabled=draws), torch.no_grad():
                 yield
         finally:
             with torch.no_grad():
