@@ -14,7 +14,7 @@ from distillzoo.bench.views import view_spec
 from distillzoo.build import build_distiller
 from distillzoo.data import DataSet
 from distillzoo.distiller import Distiller
-from distillzoo.errors import OptionError, ShapeError, unknown_name
+from distillzoo.errors import DistillZooError, OptionError, ShapeError, failure_of, unknown_name
 from distillzoo.models import MODELS, create_model
 from distillzoo.streams import Stream, forked_generator
 from distillzoo.taps import Teacher
@@ -88,16 +88,17 @@ def make_teacher(group: Group, network: nn.Module) -> Teacher:
     own = view_spec(view, group.data.spec)
     try:
         return Teacher(network, group.data.spec, stages=group.taps.get(group.pair.teacher), own_data=own)
-    except (AssertionError, RuntimeError) as error:
+    except DistillZooError:
+        raise
+    except Exception as error:  # a network may raise anything at a size that it cannot take
         raise _wrong_size("teacher", group.pair.teacher, own or group.data.spec, error) from error
 
 
-def _wrong_size(role: str, name: str, data: DataSpec, error: Exception) -> ShapeError:
+def _wrong_size(role: str, name: str, data: DataSpec, error: BaseException) -> ShapeError:
     height, width = data.input_size
-    reason = (str(error) or type(error).__name__).splitlines()[0]
     return ShapeError(
-        f"The {role} {name} does not run on images of {height}x{width} ({reason}); choose another network or another size of the "
-        "images (--data.crop)."
+        f"The {role} {name} does not run on images of {height}x{width} ({failure_of(error)}); choose another network or another "
+        "size of the images (--data.crop)."
     )
 
 
@@ -127,8 +128,10 @@ def build_members(group: Group, teacher: Teacher | None, runs: tuple[Run, ...] |
                 seed=group.seed,
                 **options,
             )
-        except AssertionError as error:  # a transformer's of its size
-            raise _wrong_size("student", group.pair.student, group.data.spec, error) from error
+        except ShapeError as error:
+            if error.__cause__ is None:
+                raise
+            raise _wrong_size("student", group.pair.student, group.data.spec, error.__cause__) from error
     return members
 
 

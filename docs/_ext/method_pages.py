@@ -16,6 +16,7 @@ import torch
 from sphinx.application import Sphinx
 
 from distillzoo import Distiller, build_distiller, functional
+from distillzoo.build import option_defaults
 from distillzoo.errors import UnsupportedPairError
 from distillzoo.models import create_model
 from distillzoo.registry import DISTILLERS
@@ -85,15 +86,20 @@ def method_page(name: str, method: type[Distiller]) -> str:
     losses = [key for key in getattr(module, "__all__", ()) if inspect.isfunction(getattr(module, key))]
     if losses:
         lines += heading("Pure functions", "-")
+    first = min(key for key, other in DISTILLERS.items() if other.__module__ == method.__module__)
     for loss in losses:
         public = getattr(functional, loss, None) is getattr(module, loss)
-        lines.append(f".. autofunction:: {'distillzoo.functional' if public else module.__name__}.{loss}\n")
+        lines.append(f".. autofunction:: {'distillzoo.functional' if public else module.__name__}.{loss}")
+        lines += [] if name == first else ["   :no-index:"]  # described where the first method of the file is
+        lines.append("")
     return "\n".join(lines)
 
 
 def weights(method: type[Distiller]) -> list[str]:
     """Return the section on terms and weights: one column a preset, and one for compositions where those differ."""
-    presets: dict[str, Any] = {preset: {"ce": 1.0, **chosen} for preset, chosen in method.weight_presets.items()}
+    presets: dict[str, Any] = {
+        preset: {"ce": 1.0, **chosen} for preset, chosen in method.presets_with(option_defaults(method)).items()
+    }
     terms = list(dict.fromkeys(term for chosen in presets.values() for term in chosen))
     header = ["Term", *(f"``{preset}``" for preset in presets)]
     rows = [[f"``{term}``", *(shown(chosen.get(term)) for chosen in presets.values())] for term in terms]

@@ -17,7 +17,7 @@ from distillzoo.bench.recipe import apply_override, load_recipe, make_recipe
 from distillzoo.bench.rows import load_table
 from distillzoo.bench.views import as_view, describe_view, published_weights
 from distillzoo.data import load_dataset, pack_folder
-from distillzoo.errors import OptionError
+from distillzoo.errors import OptionError, UnknownNameError
 from distillzoo.models import create_model
 from distillzoo.types import DataSpec
 from tests.bench.conftest import Call, records
@@ -197,9 +197,11 @@ def test_views() -> None:
 def test_published_weights_are_named_without_fetching_them() -> None:
     assert published_weights("timm/swin_tiny_patch4_window7_224") == "timm/swin_tiny_patch4_window7_224.ms_in1k"
     assert published_weights("torchvision/resnet18") == "torchvision ResNet18_Weights.IMAGENET1K_V1"
-    for name in ("resnet8", "timm/vit_base_patch16_224.augreg_in21k", "torchvision/nothing"):
+    for name in ("resnet8", "timm/vit_base_patch16_224.augreg_in21k"):
         with pytest.raises(OptionError, match="no published weights"):
             published_weights(name)
+    with pytest.raises(UnknownNameError, match="Unknown model 'torchvision/nothing'"):
+        published_weights("torchvision/nothing")
 
 
 def test_the_recipe_that_is_shipped_builds_a_plan_of_any_folder(places: Path) -> None:
