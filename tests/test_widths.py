@@ -52,6 +52,19 @@ def test_activations_and_norms_inside_are_listed():
     assert {"stem.norm", "stem.act", "groups.2.0.conv"} <= found.keys()
 
 
+def test_a_module_that_holds_all_tensors_is_listed_in_place_of_its_children():
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.act(super().forward(x))
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4), nn.Sequential(nn.ReLU()), nn.Flatten(), nn.Linear(144, 5))
+    assert set(sides(network)) == {"0", "1", "2.0", "3", "4"}
+
+
 def test_a_layer_that_runs_inside_and_outside_is_refused():
     class Twice(nn.Module):
         def __init__(self):

@@ -12,6 +12,7 @@ from distillzoo.adapters.copies import PerCopy, follow_copies
 from distillzoo.adapters.dual_layers import DualNorm, dual_layer
 from distillzoo.adapters.expansion import DualLayer, DualOp, Mode
 from distillzoo.adapters.orepa import BranchStart, LinearBranches, takes_branches
+from distillzoo.adapters.per_channel import DualPerChannel, per_channel_layer
 from distillzoo.errors import UnsupportedPairError
 
 __all__ = ["duals", "perturb", "plain_network", "replaced", "scrambled"]
@@ -33,7 +34,7 @@ def duals(
 
     Args:
         network: The network; it is left as it is.
-        widths: By path of the modules without children: shape of the input, and whether inputs and outputs are expanded.
+        widths: By path of the modules that make up the network: shape of the input, and whether inputs and outputs are expanded.
         ratio: Width of the wide network, as a multiple.
         mode: What says which of the two it is now.
         branch_start: Start of the six branches that 3x3 convolutions become; ``None`` leaves them single.
@@ -57,6 +58,8 @@ def duals(
         if branch_start is not None and takes_branches(layer):
             kernel = LinearBranches(layer, ratio, mode, inputs=inputs, outputs=outputs, start=branch_start, shared=shared)
         dual = dual_layer(layer, ratio, mode, inputs=inputs, outputs=outputs, kernel=kernel, shared=shared)
+        if dual is None and inputs and outputs:
+            dual = per_channel_layer(layer, shape, ratio, mode, shared=shared)
         if dual is None or not path:
             raise UnsupportedPairError(
                 f"There is no rule to widen {path or 'the network itself'} of {type(network).__name__}, a {type(layer).__name__}; "
@@ -91,7 +94,7 @@ def replaced(network: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
 def plain_network(network: nn.Module) -> nn.Module:
     """Make the plain narrow network of one of two widths, in place; returns the network."""
     for name, child in network.named_children():
-        if isinstance(child, DualOp | DualNorm):
+        if isinstance(child, DualOp | DualNorm | DualPerChannel):
             setattr(network, name, child.plain())
         elif isinstance(child, PerCopy):
             setattr(network, name, child.inner)

@@ -31,8 +31,9 @@ class Width:
 
 
 def inner_widths(flow: Flow) -> dict[str, Width]:
-    """Return, by path, the modules without children that see channels inside the network; outputs alone for a first layer.
+    """Return, by path, the modules that see channels inside the network; outputs alone for a first layer.
 
+    Listed are modules without children, and in place of its children one that holds all tensors itself: a norm with its activation.
     A layer that has a weight of two dimensions or more (convolution, linear layer) makes channels. The first ones read what none
     has made, the last ones write what none reads; channels lie inside after any that is not last. Modules that only see the images
     or what a last layer wrote are not listed, nor are those that see no tensor.
@@ -47,7 +48,8 @@ def inner_widths(flow: Flow) -> dict[str, Width]:
         >>> {path: (w.inputs, w.outputs) for path, w in inner_widths(Flow(net, DataSpec(5, (3, 3)))).items()}
         {'0': (False, True), '1': (True, True), '2': (True, True), '3': (True, False)}
     """
-    calls = [call for call in flow.calls if not any(True for _ in call.module.children())]
+    units = {path for path, module in flow.module.named_modules() if _is_unit(module)}
+    calls = [call for call in flow.calls if call.path in units and not _lies_within(call.path, units)]
     _check_all_run(flow, {call.path for call in calls})
     makers = [call for call in calls if _makes_channels(call.module) and call.node is not None]
     read = _upstream(call.source for call in makers)
@@ -69,6 +71,17 @@ def inner_widths(flow: Flow) -> dict[str, Width]:
     return {path: width for path, width in found.items() if width.inputs or width.outputs}
 
 
+def _is_unit(module: nn.Module) -> bool:
+    own = sum(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values()))
+    inside = sum(1 for _ in (*module.parameters(), *module.buffers()))
+    return not any(True for _ in module.children()) or own == inside > 0
+
+
+def _lies_within(path: str, units: set[str]) -> bool:
+    parts = path.split(".")
+    return any(".".join(parts[:number]) in units for number in range(1, len(parts)))
+
+
 def _makes_channels(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim > 1
@@ -76,7 +89,7 @@ def _makes_channels(module: nn.Module) -> bool:
 
 def _check_all_run(flow: Flow, run: set[str]) -> None:
     for path, module in flow.module.named_modules():
-        if module._parameters and not any(True for _ in module.children()) and path not in run:
+        if module._parameters and _is_unit(module) and path not in run:
             raise UnsupportedPairError(
                 f"{path} of {type(flow.module).__name__} does not run as a module in eval mode, so that nothing tells which of its "
                 "channels can be made more; use kd for this student."

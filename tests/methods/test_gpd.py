@@ -113,6 +113,20 @@ def test_a_homogeneous_rule_is_not_needed_of_modules():
     assert str(distiller.export_student()) == str(plain)
 
 
+@pytest.mark.parametrize("method", ["gpd", "gpd_reduced"])
+def test_norms_with_an_activation_inside_are_widened(method):
+    torch.manual_seed(0)
+    student = seen_data(create_model("timm/mobilenetv2_050", num_classes=5), 32)
+    plain, x = copy.deepcopy(student), torch.randn(2, 3, 32, 32)
+    distiller = build_distiller(method, student, input_size=32, seed=0).eval()
+    with torch.no_grad():
+        assert gap(distiller.dynamic_net(x).logits, plain(x)) < 1e-4
+        exported = distiller.export_student().eval()
+        assert gap(exported(x), plain(x)) < 1e-5
+    assert str(exported) == str(plain)
+    plain.load_state_dict(exported.state_dict(), strict=True)
+
+
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
