@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from torch import nn
 import distillzoo.methods  # noqa: F401 - registers them
 from distillzoo.arguments import check_arguments, check_classes, measured_data, tapped_student
 from distillzoo.composition import Composition, Maker, composed_weights
-from distillzoo.distiller import Distiller
+from distillzoo.distiller import Distiller, option_defaults
 from distillzoo.errors import OptionError, unknown_name
 from distillzoo.registry import DISTILLERS
 from distillzoo.schedules import Weight, describe_weight
@@ -24,7 +23,6 @@ from distillzoo.weighting import TermWeights, preset_weights
 
 __all__ = ["Ensemble", "build_distiller", "describe_distiller", "list_distillers", "resolve_distiller"]
 
-_BASE_ARGUMENTS = frozenset({"self", "student", "teacher", "data", "weights", "seed"})
 Taps = Mapping[str, Sequence[Stage | str] | Mapping[str, Stage | str]]
 
 
@@ -60,16 +58,6 @@ def _checked(methods: dict[str, type[Any]]) -> dict[str, type[Distiller]]:
         if not (isinstance(method, type) and issubclass(method, Distiller)):
             raise OptionError(f"A distiller is a subclass of distillzoo.Distiller; {name!r} is {method!r}.")
     return methods
-
-
-def option_defaults(method: type[Distiller]) -> dict[str, Any]:
-    """Return the options of a method with their defaults."""
-    parameters = inspect.signature(method.__init__).parameters
-    return {
-        name: parameter.default
-        for name, parameter in parameters.items()
-        if name not in _BASE_ARGUMENTS and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    }
 
 
 def describe_distiller(

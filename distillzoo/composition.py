@@ -10,7 +10,7 @@ from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, UnsupportedPairError
 from distillzoo.schedules import Weight
 from distillzoo.taps import Tapped, Teacher
-from distillzoo.types import Batch, DataSpec, Loader, Phase, Requires, Trace
+from distillzoo.types import Batch, DataSpec, Phase, Requires, Trace
 
 __all__ = ["Composition", "Maker", "composed_weights"]
 
@@ -66,7 +66,7 @@ class Composition(Distiller):
             )
         self.members = nn.ModuleDict(dict(members))
         self._singular = singular[0] if singular else None
-        self.requires = _join([member.requires for member in members.values()])
+        self.requires = Requires.joined([member.requires for member in members.values()])
         self.set_weights(composed_weights({name: (member.weights, member.composed_weights) for name, member in members.items()}))
         if weights is not None:
             self.override_weights(weights)
@@ -109,16 +109,6 @@ class Composition(Distiller):
             tuple(term if term == "ce" else f"{name}.{term}" for term in own),
         )
 
-    def prepare(self, loader: Loader) -> None:
-        """Let every member gather its statistics."""
-        for member in self.parts():
-            member.prepare(loader)
-
-    def after_step(self) -> None:
-        """Let every member do what comes after a step."""
-        for member in self.parts():
-            member.after_step()
-
     def predict(self, images: Tensor) -> Tensor:
         """Predict as the one member that restructures the student or predicts in its own way, if there is one."""
         return super().predict(images) if self._singular is None else self._named()[self._singular].predict(images)
@@ -138,14 +128,3 @@ def composed_weights(members: Mapping[str, tuple[Mapping[str, Weight], Mapping[s
     for name, (own, composed) in members.items():
         joined |= {f"{name}.{term}": weight for term, weight in {**own, **composed}.items() if term != "ce"}
     return joined
-
-
-def _join(needs: Sequence[Requires]) -> Requires:
-    return Requires(
-        student_taps=tuple(dict.fromkeys(tap for need in needs for tap in need.student_taps)),
-        teacher_taps=tuple(dict.fromkeys(tap for need in needs for tap in need.teacher_taps)),
-        index=any(need.index for need in needs),
-        second_view=any(need.second_view for need in needs),
-        hard_labels=any(need.hard_labels for need in needs),
-        teacher=any(need.teacher for need in needs),
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -20,7 +21,7 @@ from distillzoo.taps.teacher import Loan
 from distillzoo.types import Batch, DataSpec, Loader, ParamGroup, Phase, Progress, Requires, StepOutput, Trace
 from distillzoo.weighting import TermWeights, preset_weights
 
-__all__ = ["Distiller"]
+__all__ = ["Distiller", "option_defaults"]
 
 _FINAL = ("forward", "set_progress", "param_groups", "train")
 _HALF = (torch.float16, torch.bfloat16)
@@ -119,10 +120,14 @@ class Distiller(nn.Module, ABC):
         return (Phase(),)
 
     def prepare(self, loader: Loader) -> None:
-        """Gather statistics before training (class means, margins); trains nothing. Default: nothing."""
+        """Gather statistics before training (class means, margins); trains nothing. Default: its parts do."""
+        for part in self.parts():
+            part.prepare(loader)
 
     def after_step(self) -> None:
-        """Do what comes after ``optimizer.step()`` (memory banks). Default: nothing."""
+        """Do what comes after ``optimizer.step()`` (memory banks). Default: its parts do."""
+        for part in self.parts():
+            part.after_step()
 
     def parts(self) -> Sequence[Distiller]:
         """Return the distillers that this one is made of (child modules); their steps advance with it. Default: none."""
@@ -353,3 +358,17 @@ def _full_precision(trace: Trace) -> Trace:
 
 def _float(value: Tensor) -> Tensor:
     return value.float() if value.dtype in _HALF else value
+
+
+def option_defaults(method: type[Distiller]) -> dict[str, Any]:
+    """Return the options of a method with their defaults: what its constructor takes beside what every constructor does.
+
+    Args:
+        method: The class.
+    """
+    base, parameters = inspect.signature(Distiller.__init__).parameters, inspect.signature(method.__init__).parameters
+    return {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if name not in base and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    }

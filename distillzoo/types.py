@@ -7,7 +7,7 @@ They hold tensors and numbers and do nothing else: a network's stages (:class:`S
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -194,6 +194,22 @@ class Requires:
     second_view: bool = False
     hard_labels: bool = False
     teacher: bool = True
+
+    @classmethod
+    def joined(cls, needs: Sequence[Requires]) -> Requires:
+        """Return what several methods need together.
+
+        Args:
+            needs: What each of them needs.
+        """
+        return cls(
+            student_taps=tuple(dict.fromkeys(tap for need in needs for tap in need.student_taps)),
+            teacher_taps=tuple(dict.fromkeys(tap for need in needs for tap in need.teacher_taps)),
+            index=any(need.index for need in needs),
+            second_view=any(need.second_view for need in needs),
+            hard_labels=any(need.hard_labels for need in needs),
+            teacher=any(need.teacher for need in needs),
+        )
 
 
 @dataclass(frozen=True)

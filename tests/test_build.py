@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from distillzoo import Distiller, build_distiller, list_distillers
-from distillzoo.build import Ensemble, describe_distiller, option_defaults, resolve_distiller
+from distillzoo.build import Ensemble, describe_distiller, resolve_distiller
+from distillzoo.distiller import option_defaults
 from distillzoo.errors import DistillZooError, OptionError, ShapeError, TapError, UnknownNameError
 from distillzoo.registry import DISTILLERS
 from distillzoo.schedules import LinearWarmup

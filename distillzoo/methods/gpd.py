@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -16,14 +16,14 @@ from distillzoo.adapters.connectors import full_precision
 from distillzoo.adapters.dual_network import duals, perturb, plain_network, replaced, scrambled
 from distillzoo.adapters.expansion import Mode
 from distillzoo.adapters.orepa import BranchStart, check_branch_start
-from distillzoo.distiller import Distiller
+from distillzoo.distiller import Distiller, option_defaults
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError, unknown_name
 from distillzoo.registry import DISTILLERS, register_distiller
 from distillzoo.schedules import Weight
 from distillzoo.stages import Probe
 from distillzoo.streams import Stream, forked_generator
 from distillzoo.taps import Tapped, TappedWithin, Teacher
-from distillzoo.types import Batch, DataSpec, Loader, Phase, Requires, Trace
+from distillzoo.types import Batch, DataSpec, Phase, Requires, Trace
 from distillzoo.weighting import preset_weights
 
 __all__ = ["GPD", "GPDReduced", "dynamic_teacher_loss"]
@@ -69,9 +69,53 @@ def _check_smoothing(smoothing: float) -> None:
         raise OptionError(f"smoothing must be from 0 to 1; got {smoothing!r}. The authors' is 0.1.")
 
 
-class _GapPreserving(Distiller):
-    """What both forms of GPD share: everything but whether there are branches."""
+@register_distiller("gpd")
+class GPD(Distiller):
+    """A dynamic teacher, the student made wider and multi-branch, learns beside it, shares its weights and teaches it.
 
+    Guo, Zhang, Pan, Liu, Zhang, Chen, "Gap Preserving Distillation by Building Bidirectional Mappings with A Dynamic Teacher",
+    ICLR 2025, arXiv 2410.04140. Authors' code: guoyongcs/GPD. Total = ce + L_static(T, S) + 3 :func:`dynamic_teacher_loss` + ce of
+    the dynamic teacher (``ce_dynamic``) + L_static(T, D), one backward (the authors' two add the same gradients).
+    Every channel stands ``ratio`` times in D, which computes the student's function at the start, and every 3x3 convolution of
+    stride 1 is six linear branches merged online. The student is a slice of D with batch statistics of its own, so that the export
+    is that slice, branches merged, without further training. The static loss is any registered method that only adds losses; its
+    terms are ``static_*`` for the student and ``static_dynamic_*`` for D, with its own weights. Without a teacher (from scratch, or
+    fine-tuning a trained student) there is none. The published recipe clips the norm of gradients at 5 and averages weights:
+    ``clip_norm`` and ``ema_decay`` of the training configuration, for every row of a table alike.
+    Differs from the authors' code: copies of a channel lie side by side and the slice is every ``ratio``-th channel, a permutation
+    of their blocks and leading slice that concatenation, splitting and channel shuffle keep; a grouped convolution keeps its
+    groups, each ``ratio`` times as wide, only a depth-wise one gets more; the noise spares the slice and sums to zero over the
+    copies of an input, so that neither function changes at the start. The cosines of the third branch and the draws of branches are
+    ours. Attention, gates and activations that are no modules (unless homogeneous) are refused. On CIFAR the authors published
+    nothing.
+
+    Args:
+        student: The student with its taps; its layers are replaced by such as have two widths.
+        teacher: The static teacher with its taps; ``None`` trains without one.
+        data: What may be known about the data.
+        static: Registered name of the static loss; ``None`` is none. The authors': DKD, ReviewKD.
+        static_options: Options of the static loss.
+        static_weights: Its weights by term, or the name of one of its presets; ``None``: those it has in a composition.
+        teach_dynamic: Whether the static teacher teaches the dynamic one as well.
+        ratio: How many times as wide the dynamic teacher is, an integer of at least 2. Authors: 2.
+        strategy: ``"hard"``: student and dynamic teacher share weights, and no loss joins them; ``"soft"``: the loss does, and the
+            dynamic teacher, made from the student, has weights of its own; ``"both"``, as published.
+        smoothing: Label smoothing of ``dynamic``, from 0 to 1. Authors: 0.1.
+        noise: Deviation of the noise that tells copies apart; 0 is none. Authors: 1e-6.
+        branch_start: ``"pretrained"`` keeps the student's function (branch 1 has its kernel), ``"scratch"`` mixes six branches.
+        weights: Weights by term.
+        seed: Seed of the distiller.
+    Raises:
+        OptionError: If an option is out of range.
+        UnsupportedPairError: If the student cannot be widened, or the static loss restructures it.
+    Example:
+        >>> from distillzoo import build_distiller, create_model
+        >>> student, teacher = (create_model(name, num_classes=10) for name in ("resnet8", "resnet20"))
+        >>> list(build_distiller("gpd", student, teacher, input_size=32, static="kd").weights)
+        ['ce', 'ce_dynamic', 'dynamic', 'static_kd', 'static_dynamic_kd']
+    """
+
+    branched: ClassVar[bool] = True
     requires = Requires(teacher=False)
     weight_presets: ClassVar[Mapping[str, Mapping[str, Weight]]] = {"default": {"ce": 1.0, "ce_dynamic": 1.0, "dynamic": 3.0}}
 
@@ -89,7 +133,7 @@ class _GapPreserving(Distiller):
         strategy: Strategy = "both",
         smoothing: float = 0.1,
         noise: float = 1e-6,
-        branch_start: BranchStart | None = None,
+        branch_start: BranchStart = "pretrained",
         weights: Mapping[str, Weight] | str | None = None,
         seed: int | None = None,
     ) -> None:
@@ -101,10 +145,11 @@ class _GapPreserving(Distiller):
         if isinstance(noise, bool) or not 0.0 <= noise < math.inf:
             raise OptionError(f"noise must be a finite deviation of at least 0; got {noise!r}. The authors' is 1e-6, 0 is none.")
         _check_smoothing(smoothing)
+        start = check_branch_start(branch_start) if self.branched else None
         self.smoothing, self.distils = smoothing, strategy != "hard"
         method = _static_method(static, static_options, teacher)
         mode = Mode()
-        self._widen(mode, ratio, branch_start, noise, shared=strategy != "soft")
+        self._widen(mode, ratio, start, noise, shared=strategy != "soft")
         self.dynamic_net = TappedWithin(student, mode)
         for name, net in {"static": student, "static_dynamic": self.dynamic_net}.items():
             if method is not None and (teach_dynamic or name == "static"):
@@ -153,7 +198,7 @@ class _GapPreserving(Distiller):
         terms: dict[str, Weight] = {}
         if static is not None:
             method: type[Distiller] = DISTILLERS[static]
-            presets = method.presets_with({**_defaults(method), **(options.get("static_options") or {})})
+            presets = method.presets_with({**option_defaults(method), **(options.get("static_options") or {})})
             terms |= preset_weights(presets, given if isinstance(given, str) else None, static)
             terms |= method.composed_weights if given is None else given if isinstance(given, Mapping) else {}
         names = ("static", "static_dynamic") if options.get("teach_dynamic", True) else ("static",)
@@ -175,14 +220,8 @@ class _GapPreserving(Distiller):
 
     def _joined(self) -> Requires:
         needs = {name: part.requires for name, part in self._static()}
-        return Requires(
-            student_taps=needs["static"].student_taps if needs else (),
-            teacher_taps=tuple(dict.fromkeys(tap for need in needs.values() for tap in need.teacher_taps)),
-            index=any(need.index for need in needs.values()),
-            second_view=any(need.second_view for need in needs.values()),
-            hard_labels=any(need.hard_labels for need in needs.values()),
-            teacher=any(need.teacher for need in needs.values()),
-        )
+        taps = needs["static"].student_taps if needs else ()  # the dynamic teacher's taps are of another width
+        return replace(Requires.joined(tuple(needs.values())), student_taps=taps)
 
     def _set_all_weights(self, weights: Mapping[str, Weight] | str | None) -> None:
         own = preset_weights(self.weight_presets, weights if isinstance(weights, str) else None, type(self).__name__)
@@ -197,16 +236,6 @@ class _GapPreserving(Distiller):
     def parts(self) -> Sequence[Distiller]:
         """Return the static losses of the student and of the dynamic teacher, where there are any."""
         return tuple(part for _, part in self._static())
-
-    def prepare(self, loader: Loader) -> None:
-        """Let the static losses gather their statistics."""
-        for part in self.parts():
-            part.prepare(loader)
-
-    def after_step(self) -> None:
-        """Let the static losses do what comes after a step."""
-        for part in self.parts():
-            part.after_step()
 
     def distill_terms(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         """Return ``ce_dynamic``, ``dynamic`` unless it is off, and the static terms as ``static_*`` and ``static_dynamic_*``."""
@@ -230,111 +259,8 @@ class _GapPreserving(Distiller):
         return plain_network(super().export_student())
 
 
-def _static_method(static: str | None, options: Mapping[str, Any] | None, teacher: Teacher | None) -> type[Distiller] | None:
-    """The class of the static loss; None where there is none, or no teacher that it could read."""
-    if static is None:
-        if options:
-            raise OptionError(f"static_options are of the static loss, and static is None; got {dict(options)}: leave them out.")
-        return None
-    method: type[Distiller] = DISTILLERS[static]
-    ways = [name for name in ("predict", "export_student") if getattr(method, name) is not getattr(Distiller, name)]
-    if ways:
-        raise UnsupportedPairError(f"static={static!r} has a {' and '.join(ways)} of its own{_INSTEAD}")
-    known = _defaults(method)
-    for name in options or {}:
-        if name not in known:
-            raise OptionError(unknown_name(f"option of {static}", name, known, listed="Its options are"))
-    return None if teacher is None and method.requires.teacher else method
-
-
-def _defaults(method: type[Distiller]) -> dict[str, Any]:
-    """The options of a method with their defaults."""
-    base = inspect.signature(Distiller.__init__).parameters
-    return {name: each.default for name, each in inspect.signature(method.__init__).parameters.items() if name not in base}
-
-
-def _check_static(part: Distiller, *, restructured: bool) -> Distiller:
-    name = type(part).__name__
-    if restructured:
-        raise UnsupportedPairError(f"The static loss {name} restructures the student{_INSTEAD}")
-    if tuple(part.phases()) != (Phase(),):
-        raise UnsupportedPairError(f"The static loss {name} trains in phases of its own; take one that does not, such as 'dkd'.")
-    return part
-
-
-@register_distiller("gpd")
-class GPD(_GapPreserving):
-    """A dynamic teacher, the student made wider and multi-branch, learns beside it, shares its weights and teaches it.
-
-    Guo, Zhang, Pan, Liu, Zhang, Chen, "Gap Preserving Distillation by Building Bidirectional Mappings with A Dynamic Teacher",
-    ICLR 2025, arXiv 2410.04140. Authors' code: guoyongcs/GPD. Total = ce + L_static(T, S) + 3 :func:`dynamic_teacher_loss` + ce of
-    the dynamic teacher (``ce_dynamic``) + L_static(T, D), one backward (the authors' two add the same gradients).
-    Every channel stands ``ratio`` times in D, which computes the student's function at the start, and every 3x3 convolution of
-    stride 1 is six linear branches merged online. The student is a slice of D with batch statistics of its own, so that the export
-    is that slice, branches merged, without further training. The static loss is any registered method that only adds losses; its
-    terms are ``static_*`` for the student and ``static_dynamic_*`` for D, with its own weights. Without a teacher (from scratch, or
-    fine-tuning a trained student) there is none. The published recipe clips the norm of gradients at 5 and averages weights:
-    ``clip_norm`` and ``ema_decay`` of the training configuration, for every row of a table alike.
-    Differs from the authors' code: copies of a channel lie side by side and the slice is every ``ratio``-th channel, a permutation
-    of their blocks and leading slice that concatenation, splitting and channel shuffle keep; a grouped convolution keeps its
-    groups, each ``ratio`` times as wide, only a depth-wise one gets more; the noise spares the slice and sums to zero over the
-    copies of an input, so that neither function changes at the start. The cosines of the third branch and the draws of branches are
-    ours. Attention, gates and activations that are no modules (unless homogeneous) are refused. On CIFAR the authors published
-    nothing.
-
-    Args:
-        student: The student with its taps; its layers are replaced by such as have two widths.
-        teacher: The static teacher with its taps; ``None`` trains without one.
-        data: What may be known about the data.
-        static: Registered name of the static loss; ``None`` is none. The authors': DKD, ReviewKD.
-        static_options: Options of the static loss.
-        static_weights: Its weights by term, or the name of one of its presets; ``None``: those it has in a composition.
-        teach_dynamic: Whether the static teacher teaches the dynamic one as well.
-        ratio: How many times as wide the dynamic teacher is, an integer of at least 2. Authors: 2.
-        strategy: ``"hard"``: student and dynamic teacher share weights, and no loss joins them; ``"soft"``: the loss does, and the
-            dynamic teacher, made from the student, has weights of its own; ``"both"``, as published.
-        smoothing: Label smoothing of ``dynamic``, from 0 to 1. Authors: 0.1.
-        noise: Deviation of the noise that tells copies apart; 0 is none. Authors: 1e-6.
-        branch_start: ``"pretrained"`` keeps the student's function (branch 1 has its kernel), ``"scratch"`` mixes six branches.
-        weights: Weights by term.
-        seed: Seed of the distiller.
-    Raises:
-        OptionError: If an option is out of range.
-        UnsupportedPairError: If the student cannot be widened, or the static loss restructures it.
-    Example:
-        >>> from distillzoo import build_distiller, create_model
-        >>> student, teacher = (create_model(name, num_classes=10) for name in ("resnet8", "resnet20"))
-        >>> list(build_distiller("gpd", student, teacher, input_size=32, static="kd").weights)
-        ['ce', 'ce_dynamic', 'dynamic', 'static_kd', 'static_dynamic_kd']
-    """
-
-    def __init__(
-        self,
-        student: Tapped,
-        teacher: Teacher | None,
-        data: DataSpec,
-        *,
-        static: str | None = "dkd",
-        static_options: Mapping[str, Any] | None = None,
-        static_weights: Mapping[str, Weight] | str | None = None,
-        teach_dynamic: bool = True,
-        ratio: int = 2,
-        strategy: Strategy = "both",
-        smoothing: float = 0.1,
-        noise: float = 1e-6,
-        branch_start: BranchStart = "pretrained",
-        weights: Mapping[str, Weight] | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(
-            student, teacher, data, static=static, static_options=static_options, static_weights=static_weights,
-            teach_dynamic=teach_dynamic, ratio=ratio, strategy=strategy, smoothing=smoothing, noise=noise,
-            branch_start=check_branch_start(branch_start), weights=weights, seed=seed,
-        )  # fmt: skip
-
-
 @register_distiller("gpd_reduced")
-class GPDReduced(_GapPreserving):
+class GPDReduced(GPD):
     """GPD without branches: the dynamic teacher is wider than the student and no more; an ablation, not the published method.
 
     Guo, Zhang, Pan, Liu, Zhang, Chen, "Gap Preserving Distillation by Building Bidirectional Mappings with A Dynamic Teacher",
@@ -364,6 +290,8 @@ class GPDReduced(_GapPreserving):
         ['ce', 'ce_dynamic', 'dynamic']
     """
 
+    branched: ClassVar[bool] = False
+
     def __init__(
         self,
         student: Tapped,
@@ -383,6 +311,32 @@ class GPDReduced(_GapPreserving):
     ) -> None:
         super().__init__(
             student, teacher, data, static=static, static_options=static_options, static_weights=static_weights,
-            teach_dynamic=teach_dynamic, ratio=ratio, strategy=strategy, smoothing=smoothing, noise=noise,
-            branch_start=None, weights=weights, seed=seed,
+            teach_dynamic=teach_dynamic, ratio=ratio, strategy=strategy, smoothing=smoothing, noise=noise, weights=weights,
+            seed=seed,
         )  # fmt: skip
+
+
+def _static_method(static: str | None, options: Mapping[str, Any] | None, teacher: Teacher | None) -> type[Distiller] | None:
+    """The class of the static loss; None where there is none, or no teacher that it could read."""
+    if static is None:
+        if options:
+            raise OptionError(f"static_options are of the static loss, and static is None; got {dict(options)}: leave them out.")
+        return None
+    method: type[Distiller] = DISTILLERS[static]
+    ways = [name for name in ("predict", "export_student") if getattr(method, name) is not getattr(Distiller, name)]
+    if ways:
+        raise UnsupportedPairError(f"static={static!r} has a {' and '.join(ways)} of its own{_INSTEAD}")
+    known = option_defaults(method)
+    for name in options or {}:
+        if name not in known:
+            raise OptionError(unknown_name(f"option of {static}", name, known, listed="Its options are"))
+    return None if teacher is None and method.requires.teacher else method
+
+
+def _check_static(part: Distiller, *, restructured: bool) -> Distiller:
+    name = type(part).__name__
+    if restructured:
+        raise UnsupportedPairError(f"The static loss {name} restructures the student{_INSTEAD}")
+    if tuple(part.phases()) != (Phase(),):
+        raise UnsupportedPairError(f"The static loss {name} trains in phases of its own; take one that does not, such as 'dkd'.")
+    return part

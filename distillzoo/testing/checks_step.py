@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillzoo.build import option_defaults, resolve_distiller
-from distillzoo.distiller import Distiller
+from distillzoo.build import resolve_distiller
+from distillzoo.distiller import Distiller, option_defaults
 from distillzoo.errors import DistillZooError, UnsupportedPairError
 from distillzoo.streams import Stream, forked_generator
 from distillzoo.testing.networks import odd_pairs

@@ -16,7 +16,7 @@ import torch
 from sphinx.application import Sphinx
 
 from distillzoo import Distiller, build_distiller, functional
-from distillzoo.build import option_defaults
+from distillzoo.distiller import option_defaults
 from distillzoo.errors import UnsupportedPairError
 from distillzoo.models import create_model
 from distillzoo.registry import DISTILLERS
