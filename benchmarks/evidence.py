@@ -18,16 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distillzoo.bench.checks import check_keys
-from distillzoo.bench.choice import copy_records, write
 from distillzoo.bench.cli import Command
 from distillzoo.bench.options import parse_options
 from distillzoo.bench.progress import Console
+from distillzoo.bench.series import copy_records, run_series, series_options, series_parser, write_text
 from distillzoo.bench.yamls import read_yaml
 from distillzoo.data import DataSet
-from distillzoo.errors import DistillZooError, OptionError
+from distillzoo.errors import OptionError
 
 _HERE = Path(__file__).resolve().parent
-_DONE, _WRONG_INPUT, _INTERRUPTED = 0, 2, 130
 
 
 @dataclass(frozen=True)
@@ -63,57 +62,40 @@ def load_parts(path: Path) -> tuple[str, list[Part]]:
     check_keys(found, ("name", "common", "parts"), where)
     parts = found.get("parts")
     if not isinstance(found.get("name"), str) or not isinstance(parts, dict) or not parts:
-        raise OptionError(f"{where} needs a name and parts, options by title; got {found!r}; write both.")
+        raise OptionError(f"{where[0].upper()}{where[1:]} needs a name and parts, options by title; got {found!r}; write both.")
     common = str(found.get("common", ""))
     return found["name"], [Part(str(title), f"{common} {options}".strip()) for title, options in parts.items()]
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    made = series_parser(__doc__ or "", _HERE / "results")
     made.add_argument("--list", metavar="FILE", type=Path, default=_HERE / "evidence_kdiffusion.yaml", help="what is run")
-    made.add_argument("--data-root", metavar="DIR", help="folder of the data set")
-    made.add_argument("--output", metavar="DIR", type=Path, default=Path("runs"), help="folder of the records (default: runs)")
-    made.add_argument("--threads", metavar="N", help="threads of torch on the CPU")
-    made.add_argument("--device", metavar="auto|cpu|cuda", help="where to train")
-    made.add_argument("--table-only", action="store_true", help="train nothing")
-    made.add_argument("--results", metavar="DIR", type=Path, default=_HERE / "results", help=argparse.SUPPRESS)
     return made
 
 
 def main(arguments: list[str], console: Console | None = None) -> int:
     """Run the command line and return its exit code, as ``run_table.py`` has them."""
-    console = console or Console()
-    given = parser().parse_args(arguments)
-    options = ["--output", str(given.output)]
-    for name in ("data_root", "threads", "device"):
-        if getattr(given, name) is not None:
-            options += [f"--{name.replace('_', '-')}", getattr(given, name)]
-    if given.table_only:
-        options.append("--table-only")
+    console, given = console or Console(), parser().parse_args(arguments)
+    return run_series("evidence.py", lambda: _run(given, console), console)
+
+
+def _run(given: argparse.Namespace, console: Console) -> int:
     sections: list[str] = []
     kept: dict[str, None] = {}
     loaded: dict[str, DataSet] = {}
-    code = _DONE
-    try:
-        name, parts = load_parts(given.list)
-        for part in parts:
-            command = Command(
-                parse_options([*shlex.split(part.options), *options]), [_HERE / "teachers"], console, loaded, show=False
-            )
-            code = max(code, command.run())
-            sections.append(part.section("" if command.view is None else command.view.text()))
-            kept |= dict.fromkeys(cell.run.id for cell in command.plan.cells if cell.run.id in command.results)
-    except DistillZooError as error:
-        console.warn(f"evidence.py: {' '.join(str(error).split())}")
-        return _WRONG_INPUT
-    except KeyboardInterrupt:
-        console.warn("Interrupted. The same command again goes on from the last checkpoints.")
-        return _INTERRUPTED
+    code = 0
+    name, parts = load_parts(given.list)
+    for part in parts:
+        options = parse_options([*shlex.split(part.options), *series_options(given)])
+        command = Command(options, [_HERE / "teachers"], console, loaded, show=False)
+        code = max(code, command.run())
+        sections.append(part.section("" if command.view is None else command.view.text()))
+        kept |= dict.fromkeys(cell.run.id for cell in command.plan.cells if cell.run.id in command.results)
     place = given.results / name
     copy_records(list(kept), given.output, place)
     text = "\n\n".join(sections)
-    write(place / "evidence.txt", text)
+    write_text(place / "evidence.txt", text)
     console.say(f"\n{text}\nWritten: {len(kept)} records and evidence.txt in {place}.")
     return code
 

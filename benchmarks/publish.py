@@ -18,6 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from distillzoo.bench import series
 from distillzoo.bench.cli import Command
 from distillzoo.bench.options import parse_options
 from distillzoo.bench.progress import Console
@@ -26,15 +27,13 @@ from distillzoo.errors import DistillZooError
 
 _HERE = Path(__file__).resolve().parent
 _README = _HERE.parent / "README.rst"
-_LEFT_OUT = shutil.ignore_patterns("*.safetensors", "last.pt", "quarantine", "teachers", "sweep_*", "plan.json")
 
 
 def copy_records(source: Path, name: str, with_teachers: bool) -> tuple[Path, int]:
     """Copy finished records to ``benchmarks/results/NAME``, and maybe their teachers to ``benchmarks/teachers``."""
     target = _HERE / "results" / name
     finished = sorted(path.parent for path in source.glob("*/result.json"))
-    for record in [] if source.resolve() == target else finished:
-        shutil.copytree(record, target / record.name, ignore=_LEFT_OUT, dirs_exist_ok=True)
+    series.copy_records([record.name for record in finished], source, target)
     used = {(json.loads((record / "result.json").read_text()).get("teacher") or {}).get("id") for record in finished}
     for teacher in sorted(path.parent for path in source.glob("teachers/*/manifest.json")):
         if with_teachers and teacher.name in used:

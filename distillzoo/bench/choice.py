@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ from distillzoo.bench.cli import Command
 from distillzoo.bench.options import parse_options
 from distillzoo.bench.progress import Console
 from distillzoo.bench.recipe import Pair
-from distillzoo.bench.records import atomic
 from distillzoo.bench.render import as_text
 from distillzoo.bench.rows import TABLES, load_table
+from distillzoo.bench.series import copy_records
 from distillzoo.bench.yamls import dump_yaml, read_yaml
 from distillzoo.data import DataSet
 from distillzoo.errors import OptionError
 
-__all__ = ["Choice", "Search", "choose", "copy_records", "keep_records", "load_search", "table_file", "table_text", "write"]
+__all__ = ["Choice", "Search", "choose", "keep_records", "load_search", "table_file", "table_text"]
 
 HELD_OUT = "held-out images"
 """Where chosen weights come from, as rows and captions say it."""
@@ -259,25 +258,6 @@ def keep_records(choices: Sequence[Choice], source: Path, target: Path) -> int:
         source: Folder of the records.
         target: Folder to keep them in.
     """
-    return copy_records([choice.ids[value] for choice in choices for value in choice.accuracies], source, target)
-
-
-def copy_records(ids: Sequence[str], source: Path, target: Path) -> int:
-    """Copy records without the students' weights; returns how many there are.
-
-    Args:
-        ids: Which.
-        source: Folder of the records.
-        target: Folder to keep them in.
-    """
-    left_out: Callable[..., set[str]] = shutil.ignore_patterns("*.safetensors", "last.pt", ".*")
-    for run_id in ids if source.resolve() != target.resolve() else ():
-        shutil.copytree(source / run_id, target / run_id, ignore=left_out, dirs_exist_ok=True)
-    return len(ids)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as handle:
-        handle.write(text.encode())
+    kept = [choice.ids[value] for choice in choices for value in choice.accuracies]
+    copy_records(kept, source, target)
+    return len(kept)
