@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from distillzoo.distiller import Distiller, option_defaults
 from distillzoo.errors import DistillZooError, OptionError, ShapeError, failure_of
 from distillzoo.registry import DISTILLERS
 from distillzoo.stages import Probe
 from distillzoo.taps import Tapped, Teacher
 from distillzoo.types import DataSpec, Stage
 
-__all__ = ["check_arguments", "check_classes", "measured_data", "tapped_student"]
+__all__ = ["check_arguments", "check_classes", "check_option", "measured_data", "tapped_student"]
 
 _GUESSED_SIZES = ((224, 224), (32, 32))
 
@@ -71,6 +73,37 @@ def _check_network(role: str, network: nn.Module) -> None:
         raise OptionError(
             f"The {role} {type(network).__name__} has lazy layers, which have no weights yet; run it once on some images first."
         )
+
+
+def check_option(member: str, method: type[Distiller], name: str, value: Any) -> None:
+    """Refuse text or a truth value where an option is a number, and anything else where it is a truth value.
+
+    What kind an option is says its annotation; what values are in range the method says itself.
+
+    Args:
+        member: The method's name, for the sentence.
+        method: The class.
+        name: The option.
+        value: What was given for it.
+    Raises:
+        OptionError: If it is of another kind.
+    Example:
+        >>> from distillzoo.methods.rkd import RKD
+        >>> check_option("rkd", RKD, "normalize", "off")
+        Traceback (most recent call last):
+        distillzoo.errors.OptionError: The option normalize of rkd is True or False; got 'off'; the default is False.
+    """
+    try:
+        wanted = get_type_hints(method.__init__).get(name)
+    except NameError:  # somebody's own method whose annotations do not exist at run time
+        return
+    kinds = set(get_args(wanted)) - {type(None)} if get_origin(wanted) in (Union, UnionType) else {wanted}
+    default = option_defaults(method)[name]
+    if kinds == {bool} and not isinstance(value, bool):
+        raise OptionError(f"The option {name} of {member} is True or False; got {value!r}; the default is {default}.")
+    if kinds <= {int, float} and isinstance(value, bool | str):
+        hint = " Text such as '1e-6' is no number in YAML; write 1.0e-6." if isinstance(value, str) else ""
+        raise OptionError(f"The option {name} of {member} must be a number; got {value!r}; the default is {default!r}.{hint}")
 
 
 def measured_data(student: nn.Module, input_size: int | tuple[int, int] | None) -> DataSpec:

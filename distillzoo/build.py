@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import distillzoo.methods  # noqa: F401 - registers them
-from distillzoo.arguments import check_arguments, check_classes, measured_data, tapped_student
+from distillzoo.arguments import check_arguments, check_classes, check_option, measured_data, tapped_student
 from distillzoo.composition import Composition, Maker, composed_weights
 from distillzoo.distiller import Distiller, option_defaults
 from distillzoo.errors import OptionError, unknown_name
@@ -118,9 +118,7 @@ def _split_options(methods: Mapping[str, type[Distiller]], options: Mapping[str,
         for name in given[member]:
             if name not in allowed_options:
                 raise OptionError(unknown_name(f"option of {member}", name, allowed_options, listed="Its options are"))
-            value, default = given[member][name], allowed_options[name]
-            if isinstance(value, bool) and isinstance(default, int | float) and not isinstance(default, bool):
-                raise OptionError(f"The option {name} of {member} must be a number; got {value!r}; the default is {default!r}.")
+            check_option(member, method, name, given[member][name])
     return given
 
 

@@ -88,6 +88,28 @@ def test_options_are_checked_by_name():
     assert option_defaults(Hint) == {"gain": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("kdiffusion", {"guide": "off"}, "The option guide of kdiffusion is True or False; got 'off'; the default is False"),
+        ("rkd", {"normalize": 1}, "The option normalize of rkd is True or False; got 1"),
+        ("kd", {"temperature": "4"}, "The option temperature of kd must be a number; got '4'; the default is 4.0"),
+        ("gpd", {"noise": "1e-6"}, r"must be a number; got '1e-6'; .* write 1\.0e-6"),
+        ("fitnet", {"hint_stage": True}, "The option hint_stage of fitnet must be a number; got True; the default is None"),
+        ("crd+kd", {"kd": {"temperature": "4"}}, "The option temperature of kd must be a number"),
+    ],
+)
+def test_options_of_another_kind_are_refused(name, options, message):
+    with pytest.raises(OptionError, match=message):
+        describe_distiller(name, **options)
+
+
+def test_options_are_taken_as_their_annotation_says():
+    assert describe_distiller("reviewkd", mid_channels=64)["options"]["mid_channels"] == 64
+    assert describe_distiller("kd", temperature=4)["options"]["temperature"] == 4
+    assert describe_distiller("gpd", static=None)["options"]["static"] is None
+
+
 def test_a_description_fills_every_default_in():
     described = describe_distiller(Hint, weights={"hint": LinearWarmup(2.0, 4)})
     assert described["options"] == {"gain": 1.0}

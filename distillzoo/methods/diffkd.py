@@ -121,7 +121,8 @@ class DiffKD(Distiller):
         teacher: The teacher with its taps.
         data: What may be known about the data.
         target: What the map is denoised towards: the latent of the ``"autoencoder"``, or the teacher's map ``"normalized"`` (batch
-            norm without scale and shift) or ``"raw"`` (as the authors' without autoencoder, neither centred nor of unit variance).
+            norm without scale and shift) or ``"raw"`` (as the authors' without autoencoder, neither centred nor of unit variance);
+            both keep its full width, whatever the size of the images.
         latent_channels: Width of the latent; ``None`` is as above. Authors: 1024.
         places: ``"both"``, ``"map"`` or ``"logits"``.
         noise_matching: Whether noise is mixed in, as much as an adapter says, before denoising.

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distillzoo.adapters.connectors import full_precision, unit_rows
 from distillzoo.distiller import Distiller
-from distillzoo.errors import OptionError, ShapeError
+from distillzoo.errors import ShapeError
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import Weight
 from distillzoo.taps import Tapped, Teacher
@@ -148,8 +148,6 @@ class RKD(Distiller):
         normalize: Whether the vectors get unit length first.
         weights: Weights of ``ce``, ``distance`` and ``angle``.
         seed: Seed of the distiller.
-    Raises:
-        OptionError: If ``normalize`` is no truth value.
     Example:
         >>> from distillzoo import build_distiller, create_model
         >>> student, teacher = (create_model(name, num_classes=10) for name in ("resnet8", "resnet20"))
@@ -173,8 +171,6 @@ class RKD(Distiller):
         seed: int | None = None,
     ) -> None:
         super().__init__(student, teacher, data, weights=weights, seed=seed)
-        if not isinstance(normalize, bool):
-            raise OptionError(f"normalize is True or False; got {normalize!r}.")
         self.normalize = normalize
 
     def distill_terms(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002

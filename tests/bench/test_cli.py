@@ -50,7 +50,7 @@ WRONG = [
     (["--student.lrr", "1"], "Did you mean 'lr'"),
     (["--kd.temperatur", "1"], "Did you mean 'temperature'"),
     (["--kd.temperature", "-1"], "above 0"),
-    (["--kd.temperature", "abc"], "'kd' cannot work with temperature = 'abc'"),
+    (["--kd.temperature", "abc"], "The option temperature of kd must be a number; got 'abc'"),
     (["--kd.temperature", "true"], "The option temperature of kd must be a number; got True; the default is 4.0"),
     (["--kd.temperature", "null"], "'kd' cannot work with temperature = None"),
     (["--kd.temperature", "nan"], "nan"),
