@@ -16,6 +16,7 @@ from distillzoo.types import DataSpec
 __all__ = ["first_tensor", "is_linear_op", "reaches_by_addition", "same", "same_function", "watch"]
 
 _TOLERANCE = 1e-3  # relative, of single-precision sums over a layer's inputs
+_DOUBLE_TOLERANCE = 1e-6  # relative, of what a whole network makes of another order of sums in double precision
 _ULPS = 8  # a few additions err by fewer; 1 / sqrt(1 + 1e-5), a fresh norm's slope, by more than forty
 
 
@@ -30,9 +31,9 @@ def _draw(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(like)
 
 
-def same(one: Tensor, other: Tensor) -> bool:
+def same(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
     """Whether two tensors agree within what single precision and another order of sums may cost."""
-    return one.shape == other.shape and bool((one - other).abs().max() <= _TOLERANCE * other.abs().max())
+    return one.shape == other.shape and bool((one - other).abs().max() <= tolerance * other.abs().max())
 
 
 @torch.no_grad()
@@ -67,7 +68,7 @@ def is_linear_op(module: nn.Module, shape: torch.Size) -> bool:
 
 
 def same_function(one: nn.Module, other: nn.Module, data: DataSpec) -> bool:
-    """Whether two networks return the same for a dry batch in eval mode.
+    """Whether two networks return the same for a dry batch in eval mode, up to rounding in their own floating type.
 
     Args:
         one: A network.
@@ -79,7 +80,8 @@ def same_function(one: nn.Module, other: nn.Module, data: DataSpec) -> bool:
         probe = Probe(network, data)
         with probe.evaluating():
             results.append(network(probe.images))
-    return same(*results)
+    one_result, other_result = results
+    return same(one_result, other_result, _DOUBLE_TOLERANCE if other_result.dtype is torch.float64 else _TOLERANCE)
 
 
 @torch.no_grad()

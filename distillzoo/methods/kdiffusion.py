@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from distillzoo import dataflow
 from distillzoo.adapters.bridge import Bridge
 from distillzoo.adapters.connectors import pool_larger
+from distillzoo.adapters.dual_network import scrambled
 from distillzoo.adapters.reparam import expand, fold_network
 from distillzoo.adapters.reverse import AmplitudeSchedule, Noise, Start, diffusion_amplitudes, draw_noise, reverse_chain
 from distillzoo.distiller import Distiller
@@ -189,7 +191,7 @@ class KDiffusion(Distiller):
             if norm is not None and rest is not None:
                 net.replace(norm, rest)
         self._sites = dict(sites.values())
-        if not dataflow.same_function(net.module, self.export_student(), net.data):
+        if not _folds_back(net.module, self._sites, net.data):
             raise UnsupportedPairError(
                 f"Branches at {', '.join(self._sites)} of {type(net.module).__name__} do not fold back: an op runs twice, or its "
                 "output is read elsewhere too. Name another op by hand: taps={'student': [Stage(path=..., linear=...)]}."
@@ -245,6 +247,18 @@ class KDiffusion(Distiller):
                 wanted = path(target)
             terms["guide"] = F.mse_loss(path(bridge.mean(mean) if predicted is None else predicted), wanted)
         return terms
+
+
+def _folds_back(network: nn.Module, sites: Mapping[str, str | None], data: DataSpec, dtype: torch.dtype = torch.float64) -> bool:
+    """Whether a network computes the same with its branches folded, tried on a copy of which every norm counts."""
+    trial = scrambled(network)
+    try:
+        trial.to(dtype)
+        return dataflow.same_function(trial, fold_network(copy.deepcopy(trial), sites), data)
+    except (RuntimeError, TypeError):  # a device without double precision, or a forward that casts to single
+        if dtype is torch.float32:
+            raise
+    return _folds_back(network, sites, data, torch.float32)
 
 
 def _chosen(name: str, value: Any, allowed: Any) -> Any:

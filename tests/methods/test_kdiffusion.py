@@ -581,7 +581,9 @@ def test_an_op_by_hand_is_taken():
     torch.testing.assert_close(distiller.export_student().eval()(images), distiller.predict(images), rtol=1e-4, atol=1e-5)
 
 
-def test_an_op_whose_output_is_read_elsewhere_too_is_refused():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("inplace", [True, False], ids=["in place", "fresh norms agree"])
+def test_an_op_whose_output_is_read_elsewhere_too_is_refused(inplace, dtype):
     class Twice(TinyNet):
         def forward(self, images):
             x = self.stem(images)
@@ -590,8 +592,35 @@ def test_an_op_whose_output_is_read_elsewhere_too_is_refused():
             raw = block.conv(x)
             return self.head((block.act(block.norm(raw)) + raw).mean((2, 3)))
 
+    student, teacher = Twice().to(dtype), TinyTeacher().to(dtype)
+    student.groups[2][0].act.inplace = inplace
     with pytest.raises(UnsupportedPairError, match=r"groups\.2\.0\.conv of Twice do not fold back.*by hand"):
-        build_distiller("kdiffusion", Twice(), TinyTeacher(), data=tiny_data(), taps={"student": ["groups.1.0", "groups.2.0.act"]})
+        taps = {"student": ["groups.1.0", "groups.2.0.act"]}
+        build_distiller("kdiffusion", student, teacher, data=tiny_data(), taps=taps)
+
+
+def test_a_norm_that_normalises_another_op_as_well_is_refused():
+    class Shared(TinyNet):
+        def forward(self, images):
+            x = self.stem(images)
+            x = self.groups[1](self.groups[0](x))
+            block = self.groups[2][0]
+            return self.head(block.act(block.norm(block.conv(x)) + block.norm(self.other(x))).mean((2, 3)))
+
+    student = Shared()
+    student.other = nn.Conv2d(6, 8, 1, 2, bias=False)
+    taps = {"student": ["groups.1.0", "groups.2.0.act"]}
+    with pytest.raises(UnsupportedPairError, match=r"do not fold back"):
+        build_distiller("kdiffusion", student, TinyTeacher(), data=tiny_data(), taps=taps)
+
+
+def test_a_student_whose_forward_casts_to_single_precision_folds_as_well():
+    class Casts(TinyNet):
+        def forward(self, images):
+            return super().forward(images.float())
+
+    distiller = build_distiller("kdiffusion", Casts(), TinyTeacher(), data=tiny_data())
+    assert isinstance(distiller.student.groups[2][0].conv, Branched)
 
 
 @pytest.mark.parametrize(
