@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distillzoo.adapters.expansion import DualLayer, Mode, emptied, filled, tile
+from distillzoo.adapters.expansion import DualLayer, Mode, emptied, exact_copies, filled, tile
 
 __all__ = ["DualPerChannel", "per_channel_layer"]
 
-_TOLERANCE = 1e-4  # relative, in single precision
+_TOLERANCE = 1e-4  # relative
 
 
 class DualPerChannel(DualLayer):
@@ -78,17 +78,24 @@ def per_channel_layer(
     total = sum(1 for _ in (*module.parameters(), *module.buffers()))
     if total > len(own) or any(tensor.ndim > 1 or tensor.numel() not in (1, shape[dim]) for tensor in own):
         return None
-    made = DualPerChannel(module, shape[dim], ratio, mode, shared=shared).eval()
-    like = next((tensor for tensor in own if tensor.is_floating_point()), torch.empty(0))
+    if not any(_widens(twin, shape, dim, ratio) for twin in exact_copies(module)):
+        return None
+    return DualPerChannel(module, shape[dim], ratio, mode, shared=shared).train(module.training)
+
+
+def _widens(module: nn.Module, shape: torch.Size, dim: int, ratio: int) -> bool:
+    mode = Mode()
+    dual = DualPerChannel(module, shape[dim], ratio, mode).eval()
+    tensors = (*module.parameters(), *module.buffers())
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
     x = 8.0 * torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(like)  # large enough to meet bounds
     try:
-        wanted = made(x.clone())
+        wanted = dual(x.clone())
         with mode:
-            found = made(tile(x, ratio, (dim,), divide=True))
-    except Exception:  # foreign code may raise anything on a width that it does not expect
-        return None
+            found = dual(tile(x, ratio, (dim,), divide=True))
+    except Exception:  # foreign code may raise anything on a width or type that it does not expect
+        return False
     if wanted.shape != x.shape:
-        return None
+        return False
     wanted = tile(wanted, ratio, (dim,), divide=True)
-    agree = found.shape == wanted.shape and bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
-    return made.train(module.training) if agree else None
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from distillzoo import dataflow
 from distillzoo.adapters.connectors import full_precision
 from distillzoo.adapters.dual_network import duals, perturb, plain_network, replaced, scrambled
-from distillzoo.adapters.expansion import Mode
+from distillzoo.adapters.expansion import Mode, exact_copies
 from distillzoo.adapters.orepa import BranchStart, check_branch_start
 from distillzoo.distiller import Distiller, option_defaults
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError, unknown_name
@@ -167,19 +167,18 @@ class GPD(Distiller):
         net = self.student_net
         found = dataflow.inner_widths(dataflow.Flow(net.module, net.data))
         widths = {path: (width.shape, width.inputs, width.outputs) for path, width in found.items()}
-        trial = scrambled(net.module)
-        probe = Probe(trial, net.data)
-        replaced(trial, duals(trial, widths, ratio, mode))  # branches change nothing of what could go wrong, and cost
         problem = ""
-        try:
-            with probe.evaluating():
-                narrow = trial(probe.images)
-                with mode:
-                    wide = trial(probe.images)
-            gap = float((wide - narrow).abs().max() / narrow.abs().max()) if wide.shape == narrow.shape else math.inf
+        for trial in exact_copies(scrambled(net.module)):
+            probe = Probe(trial, net.data)
+            replaced(trial, duals(trial, widths, ratio, mode))  # branches change nothing of what could go wrong, and cost
+            try:
+                with probe.evaluating():
+                    gap = _gap(trial, probe.images, mode)
+            except Exception as error:
+                problem = f"it stops with {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+                continue
             problem = "" if gap <= _TOLERANCE else f"its logits then differ by {gap:.1g} of the largest"
-        except Exception as error:
-            problem = f"it stops with {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            break
         if problem:
             raise UnsupportedPairError(
                 f"{type(net.module).__name__} cannot be made {ratio} times as wide: {problem}. Its forward counts "
@@ -314,6 +313,14 @@ class GPDReduced(GPD):
             teach_dynamic=teach_dynamic, ratio=ratio, strategy=strategy, smoothing=smoothing, noise=noise, weights=weights,
             seed=seed,
         )  # fmt: skip
+
+
+def _gap(network: nn.Module, images: Tensor, mode: Mode) -> float:
+    """How far the logits of the two widths are apart, relative to the largest."""
+    narrow = network(images)
+    with mode:
+        wide = network(images)
+    return float((wide - narrow).abs().max() / narrow.abs().max()) if wide.shape == narrow.shape else math.inf
 
 
 def _static_method(static: str | None, options: Mapping[str, Any] | None, teacher: Teacher | None) -> type[Distiller] | None:

@@ -1,0 +1,84 @@
+"""GPD: the students that it takes, of any floating type, with odd layers, and what they become after steps of training."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from distillzoo import build_distiller
+from distillzoo.errors import UnsupportedPairError
+from distillzoo.testing import TinyNet, tiny_data
+
+
+def small(*inner, channels=4):
+    """A student of five classes around some modules that see ``channels`` channels."""
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3), *inner, nn.Conv2d(channels, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)
+    )
+
+
+def build(student, method="gpd", **options):
+    return build_distiller(method, student, data=tiny_data(), seed=0, **options)
+
+
+def gap(one, other):
+    return float((one - other).detach().abs().max() / other.detach().abs().max())
+
+
+# -------------------------------------------------------------------------------------------------------- floating types
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("kind", HALF)
+@pytest.mark.parametrize("inner", [TinyNet, lambda: small(nn.BatchNorm2d(4), nn.PReLU(4), nn.SiLU(), nn.PReLU())])
+def test_students_of_half_types_are_widened_and_train(kind, inner):
+    torch.manual_seed(0)
+    student, x = inner().to(kind), torch.randn(6, 3, 16, 16, dtype=kind)
+    plain = copy.deepcopy(student)
+    distiller = build(student, branch_start="pretrained", ratio=3).train()  # 2 hardly rounds
+    with torch.no_grad():
+        assert gap(distiller.eval().dynamic_net(x).logits, plain.eval()(x)) < 0.05
+    out = distiller.train()(x, torch.arange(6) % 5)
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
+    assert {p.dtype for p in distiller.parameters()} == {kind}
+    exported = distiller.eval().export_student()
+    assert gap(exported(x), distiller.predict(x)) < 0.02
+    plain.load_state_dict(exported.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("kind", HALF)
+def test_what_bends_copies_is_refused_of_half_types_as_well(kind):
+    class Bent(TinyNet):
+        def forward(self, x):
+            return self.head(F.silu(self.groups[2](self.groups[1](self.groups[0](self.stem(x))))).mean((2, 3)))
+
+    with pytest.raises(UnsupportedPairError, match="its logits then differ by"):
+        build(Bent().to(kind))
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_the_precision_of_products_does_not_refuse_a_student(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        build(TinyNet())
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_student_that_turns_to_single_precision_is_tried_in_it():
+    class Single(nn.Module):
+        def forward(self, x):
+            return F.relu(x.float())
+
+    class SinglePReLU(nn.PReLU):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    build(small(Single()))
+    build(small(SinglePReLU(4)))
