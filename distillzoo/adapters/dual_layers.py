@@ -72,6 +72,7 @@ class DualBatchNorm(DualNorm):
     wide_mean: Tensor
     wide_var: Tensor
     num_batches_tracked: Tensor
+    wide_batches_tracked: Tensor
 
     def __init__(self, norm: nn.Module, ratio: int, mode: Mode, *, shared: bool = True) -> None:
         super().__init__(norm, ratio, mode, shared=shared)
@@ -83,6 +84,7 @@ class DualBatchNorm(DualNorm):
         self.register_buffer("running_mean", mean.clone())
         self.register_buffer("running_var", variance.clone())
         self.register_buffer("num_batches_tracked", norm.num_batches_tracked.clone())  # type: ignore[union-attr]
+        self.register_buffer("wide_batches_tracked", self.num_batches_tracked.clone())
         self.register_buffer("wide_mean", tile(mean, ratio, (0,)) / ratio)
         self.register_buffer("wide_var", tile(variance, ratio, (0,)) / ratio**2)
 
@@ -91,10 +93,13 @@ class DualBatchNorm(DualNorm):
         weight, bias, eps = self.affine()
         wide = self.mode.wide
         mean, variance = (self.wide_mean, self.wide_var) if wide else (self.running_mean, self.running_var)
-        if self.training and not wide:  # the modes take turns, so that one count serves both
-            self.num_batches_tracked.add_(1)
-        rate = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        out = F.batch_norm(x, mean, variance, weight, bias, self.training, rate, eps)
+        count = self.wide_batches_tracked if wide else self.num_batches_tracked
+        if self.training:
+            count.add_(1)
+        if self.training and self.momentum is None:
+            out = _cumulative_batch_norm(x, mean, variance, weight, bias, eps, count)
+        else:
+            out = F.batch_norm(x, mean, variance, weight, bias, self.training, self.momentum or 0.0, eps)
         return out / self.ratio if weight is None and wide else out
 
     @torch.no_grad()
@@ -102,6 +107,21 @@ class DualBatchNorm(DualNorm):
         """Return the narrow norm with its own statistics."""
         buffers = {name: getattr(self, name) for name in ("running_mean", "running_var", "num_batches_tracked")}
         return filled(self.shell, {"weight": self.read("weight"), "bias": self.read("bias")}, buffers, train=self.training)
+
+
+def _cumulative_batch_norm(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, count: Tensor
+) -> Tensor:
+    """Batch norm in training mode whose statistics become the average over ``count`` batches.
+
+    The rate 1 / count stays on the device: as a number, which torch's function wants, it would stop the host in every layer.
+    """
+    seen_mean, seen_variance = torch.zeros_like(mean), torch.zeros_like(variance)
+    out = F.batch_norm(x, seen_mean, seen_variance, weight, bias, True, 1.0, eps)
+    rate = count.reciprocal().to(mean.dtype)
+    mean.lerp_(seen_mean, rate)
+    variance.lerp_(seen_variance, rate)
+    return out
 
 
 def dual_layer(

@@ -104,16 +104,35 @@ def test_the_modes_of_a_batch_norm_have_statistics_of_their_own():
     }
 
 
-def test_a_cumulative_average_counts_the_narrow_batches():
+@pytest.mark.parametrize("wide_first", [False, True])
+def test_a_cumulative_average_counts_the_batches_of_each_mode(wide_first):
     norm, mode = nn.BatchNorm2d(3, momentum=None), Mode()
     dual = dual_layer(norm, 2, mode, inputs=True, outputs=True)
-    for _ in range(3):
+    x = torch.randn(8, 3, 4, 4)
+    torch.testing.assert_close(dual.eval()(x), norm.eval()(x))  # before any batch, where the rate has no value
+    dual.train()
+    norm.train()
+    for number in range(3):
         x = torch.randn(8, 3, 4, 4)
-        torch.testing.assert_close(dual(x), norm(x))
-        with mode:
-            dual(tile(x, 2, (1,), divide=True))
+        wanted = norm(x)
+        for wide in (wide_first, not wide_first):
+            if wide:
+                with mode:
+                    torch.testing.assert_close(dual(tile(x, 2, (1,), divide=True)), tile(wanted, 2, (1,), divide=True))
+            else:
+                torch.testing.assert_close(dual(x), wanted)
+        assert dual.num_batches_tracked == dual.wide_batches_tracked == number + 1
     torch.testing.assert_close(dual.running_var, norm.running_var)
     torch.testing.assert_close(dual.wide_mean, tile(norm.running_mean, 2, (0,), divide=True))
+    torch.testing.assert_close(dual.wide_var, tile(norm.running_var, 2, (0,)) / 4.0)
+
+
+def test_neither_rate_nor_statistics_come_to_the_host(monkeypatch):
+    norm = nn.BatchNorm2d(3, momentum=None)
+    dual = dual_layer(norm, 2, Mode(), inputs=True, outputs=True)
+    for name in ("__float__", "item", "tolist", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *args: pytest.fail("a tensor became a number"))
+    dual(torch.zeros(8, 3, 4, 4))
 
 
 @pytest.mark.parametrize("kind", ["dense", "depthwise", "grouped", "linear"])

@@ -82,3 +82,34 @@ def test_a_student_that_turns_to_single_precision_is_tried_in_it():
 
     build(small(Single()))
     build(small(SinglePReLU(4)))
+
+
+# ------------------------------------------------------------------------------------------------------------ odd layers
+
+
+def steps(distiller, number=3, **batch):
+    """Train some steps in eight images of 16 pixels."""
+    distiller.train()
+    optimizer = torch.optim.SGD(distiller.parameters(), 0.05, momentum=0.9)
+    for _ in range(number):
+        optimizer.zero_grad()
+        out = distiller(torch.randn(8, 3, 16, 16), torch.arange(8) % 5, **batch)
+        out.loss.backward()
+        optimizer.step()
+        distiller.after_step()
+    return distiller.eval()
+
+
+def test_a_fresh_student_whose_norms_average_all_batches_trains():
+    """Its rate is 1 / 0 before the first batch, which only counts in training mode."""
+    torch.manual_seed(0)
+    student = small(nn.BatchNorm2d(4, momentum=None), nn.ReLU())
+    plain, x = copy.deepcopy(student), torch.randn(4, 3, 16, 16)
+    distiller = steps(build(student))
+    norm = distiller.student[1]
+    assert norm.num_batches_tracked == norm.wide_batches_tracked == 3
+    assert torch.isfinite(norm.wide_var).all()
+    exported = distiller.export_student()
+    assert gap(exported(x), distiller.predict(x)) < 1e-5
+    plain.load_state_dict(exported.state_dict(), strict=True)
+    assert plain[1].running_mean.abs().max() > 0.0
