@@ -112,12 +112,16 @@ def perturb(network: nn.Module, deviation: float) -> None:
 
 @torch.no_grad()
 def scrambled(network: nn.Module) -> nn.Module:
-    """Return a copy of a network whose vectors (norms, biases, statistics) are anything but 0 and 1, on which no error hides."""
+    """Return a copy of a network on which no error hides behind a 0 or a 1 of its start.
+
+    Vectors (norms, biases, statistics), single parameters and weights that are all 0 are drawn anew; other weights stay.
+    """
     twin = copy.deepcopy(network)
     generator = torch.Generator().manual_seed(0)
-    for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
-        if tensor.ndim == 1 and tensor.is_floating_point():
+    started = [(name, tensor) for name, tensor in twin.named_parameters() if tensor.ndim <= 1 or not tensor.any()]
+    for name, tensor in (*started, *((name, tensor) for name, tensor in twin.named_buffers() if tensor.ndim == 1)):
+        if tensor.is_floating_point():
             values = torch.rand(tensor.shape, generator=generator)
-            around_zero = name.endswith(("bias", "mean"))
+            around_zero = tensor.ndim > 1 or name.endswith(("bias", "mean"))
             tensor.copy_((values - 0.5) / 5.0 if around_zero else values + 0.5)
     return twin

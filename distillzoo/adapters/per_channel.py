@@ -36,7 +36,7 @@ class DualPerChannel(DualLayer):
         self.shell = emptied(module)
         self._names = tuple(module._parameters), tuple(name for name, value in module._buffers.items() if value is not None)
         for name, parameter in module._parameters.items():
-            self.hold(name, parameter, (0,) if parameter is not None and len(parameter) == channels else ())
+            self.hold(name, parameter, (0,) if parameter is not None and parameter.shape == (channels,) else ())
         for name in self._names[1]:
             value = module._buffers[name]
             assert value is not None

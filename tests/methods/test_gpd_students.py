@@ -113,3 +113,52 @@ def test_a_fresh_student_whose_norms_average_all_batches_trains():
     assert gap(exported(x), distiller.predict(x)) < 1e-5
     plain.load_state_dict(exported.state_dict(), strict=True)
     assert plain[1].running_mean.abs().max() > 0.0
+
+
+class Gain(nn.Module):
+    """One number for the whole map, as a tensor without dimensions."""
+
+    def __init__(self, bend=None):
+        super().__init__()
+        self.gain, self.bend = nn.Parameter(torch.tensor(0.0)), bend or F.relu
+        self.register_buffer("floor", torch.tensor(-0.25))
+
+    def forward(self, x):
+        return x.clamp(min=self.floor) + self.gain * self.bend(x)
+
+
+def test_a_parameter_without_dimensions_is_one_of_both_widths():
+    torch.manual_seed(0)
+    student = small(Gain(), nn.BatchNorm2d(4))
+    plain, x = copy.deepcopy(student), torch.randn(4, 3, 16, 16)
+    distiller = build(student, branch_start="pretrained").eval()
+    with torch.no_grad():
+        assert gap(distiller.dynamic_net(x).logits, plain.eval()(x)) < 1e-5
+    exported = steps(distiller).export_student()
+    assert gap(exported(x), distiller.predict(x)) < 1e-5
+    plain.load_state_dict(exported.state_dict(), strict=True)
+    assert plain[1].gain.shape == ()
+    assert plain[1].gain != 0.0
+
+
+class Residual(TinyNet):
+    """A branch that bends copies, behind something that is 0 at the start."""
+
+    def __init__(self, *, gain):
+        super().__init__()
+        self.branch = nn.Conv2d(8, 8, 1, bias=False)
+        self.gain = nn.Parameter(torch.tensor(0.0 if gain else 1.0))
+        if not gain:
+            nn.init.zeros_(self.branch.weight)
+
+    def forward(self, images):
+        x = self.stem(images)
+        for group in self.groups:
+            x = group(x)
+        return self.head((x + self.gain * F.silu(self.branch(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("gain", [False, True])
+def test_an_error_that_a_fresh_gain_or_weight_hides_is_found(gain):
+    with pytest.raises(UnsupportedPairError, match="its logits then differ by"):
+        build(Residual(gain=gain))
