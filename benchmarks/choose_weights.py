@@ -5,7 +5,8 @@
 
 Each row of the search (default: ``benchmarks/weights_cifar100_cpu.yaml``) is one ``run_table.py --sweep``, one after the other;
 what is finished is skipped, and after an interruption the same command goes on. Then the sweeps are printed, their records are
-copied to ``benchmarks/results``, and the table file is written from them. ``--table-only`` does this with the records there are.
+copied to ``benchmarks/results``, and the table file is written from them. ``--table-only`` does this with the records there are,
+unless a row would lose the weight that was chosen for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from distillzoo.bench.choice import choose, keep_records, load_search, table_file, table_text
+from distillzoo.bench.choice import check_kept, choose, keep_records, load_search, table_file, table_text
 from distillzoo.bench.progress import Console
 from distillzoo.bench.rows import TABLES
 from distillzoo.bench.series import run_series, series_options, series_parser, write_text
@@ -39,13 +40,15 @@ def main(arguments: list[str], console: Console | None = None) -> int:
 def _choose(given: argparse.Namespace, console: Console) -> int:
     search = load_search(given.search)
     choices, code = choose(search, series_options(given), [_HERE / "teachers"], console)
-    text = table_text(search, choices)
+    text, written = table_text(search, choices), given.tables / f"{search.table}.yaml"
+    console.say(f"\n{text}\n")
+    check_kept(choices, written)
     place = given.results / f"{search.table}_weights"
     count = keep_records(choices, given.output, place)
     write_text(place / "choice.txt", f"{text}\n")
     table = table_file(search, choices, "python benchmarks/choose_weights.py --data-root DIR")
-    write_text(given.tables / f"{search.table}.yaml", table)
-    console.say(f"\n{text}\n\nWritten: {count} records and choice.txt in {place}, and {given.tables / search.table}.yaml.")
+    write_text(written, table)
+    console.say(f"Written: {count} records and choice.txt in {place}, and {written}.")
     return code
 
 

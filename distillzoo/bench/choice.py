@@ -21,12 +21,12 @@ from distillzoo.bench.yamls import dump_yaml, read_yaml
 from distillzoo.data import DataSet
 from distillzoo.errors import OptionError
 
-__all__ = ["Choice", "Search", "choose", "keep_records", "load_search", "table_file", "table_text"]
+__all__ = ["Choice", "Search", "check_kept", "choose", "keep_records", "load_search", "table_file", "table_text"]
 
 HELD_OUT = "held-out images"
 """Where chosen weights come from, as rows and captions say it."""
 
-_FIELDS = ("dataset", "recipe", "base", "table", "epochs", "seed", "rows")
+_FIELDS = ("dataset", "recipe", "base", "table", "epochs", "seed", "rows", "note")
 _ROW_FIELDS = ("term", "values", "like")
 
 
@@ -60,6 +60,7 @@ class Search:
         epochs: Epochs of every run.
         seed: Seed of every run.
         rows: What is tried, in order.
+        note: What else a reader must know of it, in sentences.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Search:
     epochs: int
     seed: int
     rows: tuple[Swept, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Choice:
 
     Args:
         swept: What was tried.
-        default: The weight that the row has in the base table; of a schedule its final value.
+        default: The weight that the row has in the base table, as records describe it.
         accuracies: Held-out top-1 in per cent after the last epoch by weight; ``None`` for a run that diverged. A weight that has
             no record is not in it.
         ids: Ids of the runs by weight.
@@ -86,7 +88,7 @@ class Choice:
     """
 
     swept: Swept
-    default: float
+    default: float | Mapping[str, Any]
     accuracies: Mapping[float, float | None]
     ids: Mapping[float, str]
     taken: Mapping[str, float]
@@ -98,11 +100,11 @@ class Choice:
 
     @property
     def chosen(self) -> float | None:
-        """The weight of the highest accuracy, of equal ones the closest to the default by ratio; ``None`` until all are there."""
+        """The weight of the highest accuracy, of equal ones the smallest; ``None`` until all are there."""
         reached = {value: accuracy for value, accuracy in self.accuracies.items() if accuracy is not None}
         if not self.finished or not reached:
             return None
-        return max(reached, key=lambda value: (reached[value], -abs(math.log(value / self.default))))
+        return max(reached, key=lambda value: (reached[value], -value))
 
     @property
     def at_end(self) -> bool:
@@ -118,9 +120,9 @@ def load_search(path: Path) -> Search:
     """
     found, where = read_yaml(path), f"the search {path.stem!r}"
     check_keys(found, _FIELDS, where)
-    lacking = [name for name in _FIELDS if name not in found]
+    lacking = [name for name in _FIELDS[:-1] if name not in found]
     if lacking:
-        raise OptionError(f"{where[0].upper()}{where[1:]} lacks {lacking[0]!r}; it needs {', '.join(_FIELDS)}.")
+        raise OptionError(f"{where[0].upper()}{where[1:]} lacks {lacking[0]!r}; it needs {', '.join(_FIELDS[:-1])}.")
     known = {row.name for row in load_table(found["base"]).rows}
     rows: list[Swept] = []
     check_keys(found["rows"], known, f"{where}, rows")
@@ -138,7 +140,7 @@ def load_search(path: Path) -> Search:
         if like is not None and like not in [row.row for row in rows]:
             raise OptionError(f"{name} of {where} is like {like!r}, which must be a row before it; move it up.")
         rows.append(Swept(str(name), str(given["term"]), tuple(map(float, values)), like))
-    fields = {key: found[key] for key in _FIELDS if key != "rows"}
+    fields = {key: found[key] for key in _FIELDS if key != "rows" and key in found}
     return Search(name=path.stem, rows=tuple(rows), **fields)
 
 
@@ -184,11 +186,10 @@ def arguments(search: Search, swept: Swept, taken: Mapping[str, float]) -> list[
     return [*where, *how, "--sweep", f"{swept.row}.weights.{swept.term}={listed}"]
 
 
-def _default(search: Search, swept: Swept) -> float:
+def _default(search: Search, swept: Swept) -> float | Mapping[str, Any]:
     row = next(row for row in load_table(search.base).rows if row.name == swept.row)
-    weights = row.describe(Pair("", ""))["weights"]
-    weight = weights[swept.term]
-    return float(weight if not isinstance(weight, Mapping) else weight.get("value", weight.get("end")))
+    weight: float | Mapping[str, Any] = row.describe(Pair("", ""))["weights"][swept.term]
+    return weight
 
 
 def _choice(search: Search, swept: Swept, command: Command, taken: Mapping[str, float]) -> Choice:
@@ -211,16 +212,24 @@ def table_text(search: Search, choices: Sequence[Choice]) -> str:
     for choice in choices:
         cells = [_cell(choice, value) for value in choice.swept.values]
         chosen = "not yet" if choice.chosen is None else f"{choice.chosen:g}{' (end)' if choice.at_end else ''}"
-        names = [choice.swept.row, choice.swept.term, f"{choice.default:g}"]
+        names = [choice.swept.row, choice.swept.term, _default_text(choice.default)]
         lines.append([*names, *cells, *[""] * (widest - len(cells)), chosen])
     done = sum(len(choice.accuracies) for choice in choices)
     asked = sum(len(choice.swept.values) for choice in choices)
     said = (
         f"weight: top-1 in per cent on held-out training images, {search.dataset}, recipe {search.recipe}, {search.epochs} epochs, "
-        f"seed {search.seed}. The highest is chosen, of equal ones the closest to the default; (end): a better one may lie beyond. "
-        f"One seed and few epochs: neighbours mean nothing against each other. {done} of {asked} runs are there."
+        f"seed {search.seed}. The highest is chosen, of equal ones the smallest; (end): a better one may lie beyond. "
+        f"One seed and few epochs: neighbours mean nothing against each other. {done} of {asked} runs are there. {search.note}"
     )
     return f"{as_text(header, lines)}\n\n{textwrap.fill(said, 120)}"
+
+
+def _default_text(weight: float | Mapping[str, Any]) -> str:
+    """Write a weight; of a schedule its kind and numbers, since a constant that is tried is not what it says."""
+    if not isinstance(weight, Mapping):
+        return f"{weight:g}"
+    numbers = ", ".join(f"{key} {value}" for key, value in weight.items() if key != "kind")
+    return f"{weight['kind'].replace('_', ' ')} ({numbers})"
 
 
 def _cell(choice: Choice, value: float) -> str:
@@ -248,6 +257,25 @@ def table_file(search: Search, choices: Sequence[Choice], command: str) -> str:
         tried = ", ".join(f"{value:g}" for value in choice.swept.values)
         row["source"] = f"{HELD_OUT}: the best of {tried} after {search.epochs} epochs; record {choice.ids[choice.chosen]}"
     return f"# Written from records, never by hand: {command}\n{dump_yaml({**table, 'rows': rows})}"
+
+
+def check_kept(choices: Sequence[Choice], path: Path) -> None:
+    """Refuse to write a table file in which a row would lose the weight that was chosen for it.
+
+    Args:
+        choices: What came out.
+        path: The table file, which need not exist.
+    Raises:
+        OptionError: If there are choices in it that the records no longer make.
+    """
+    rows = (read_yaml(path)["rows"] if path.is_file() else None) or {}
+    chosen = [name for name, fields in rows.items() if str((fields or {}).get("source", "")).startswith(f"{HELD_OUT}:")]
+    lost = [choice.swept.row for choice in choices if choice.chosen is None and choice.swept.row in chosen]
+    if lost:
+        raise OptionError(
+            f"The records that were found do not make the choices of {', '.join(lost)} that stand in {path.name}, so nothing was "
+            "written; name their folder with --output, run without --table-only, or delete that file first."
+        )
 
 
 def keep_records(choices: Sequence[Choice], source: Path, target: Path) -> int:

@@ -22,16 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SEARCH = ROOT / "benchmarks" / "weights_cifar100_cpu.yaml"
 
 
-def choice(default: float = 1.0, **accuracies: float | None) -> Choice:
+def choice(**accuracies: float | None) -> Choice:
     found = {float(key.removeprefix("w").replace("_", ".")): value for key, value in accuracies.items()}
     values = (0.1, 0.3, 1.0, 3.0, 10.0)
-    return Choice(Swept("kd", "kd", values), default, found, {value: f"id{value}" for value in values}, {})
+    return Choice(Swept("kd", "kd", values), 1.0, found, {value: f"id{value}" for value in values}, {})
 
 
-def test_the_highest_is_chosen_and_ties_go_to_the_default() -> None:
+def test_the_highest_is_chosen_and_ties_go_to_the_smallest() -> None:
     assert choice(w0_1=50.0, w0_3=52.0, w1=51.0, w3=50.0, w10=None).chosen == 0.3
-    assert choice(w0_1=52.0, w0_3=51.0, w1=50.0, w3=52.0, w10=52.0).chosen == 3.0
-    assert choice(default=9.0, w0_1=52.0, w0_3=51.0, w1=50.0, w3=52.0, w10=52.0).chosen == 10.0, "by ratio, not by difference"
+    assert choice(w0_1=51.0, w0_3=51.0, w1=50.0, w3=52.0, w10=52.0).chosen == 3.0
     assert choice(w0_1=50.0, w0_3=51.0, w1=50.0, w3=52.0).chosen is None, "one is missing"
     assert choice(w0_1=None, w0_3=None, w1=None, w3=None, w10=None).chosen is None
     assert choice(w0_1=53.0, w0_3=52.0, w1=51.0, w3=50.0, w10=None).at_end
@@ -44,6 +43,7 @@ def test_the_search_of_the_cpu_recipe_gives_every_method_the_same_budget() -> No
     shown = [row.name for row in table.rows if not row.extra and row.name != "vanilla"]
     assert [row.row for row in search.rows] == shown, "every row that has a weight, once"
     assert {len(row.values) for row in search.rows} == {5}
+    assert "KDiffusion" in search.note, "what differs all the same is said"
     for swept in search.rows:
         row = next(row for row in table.rows if row.name == swept.row)
         weight = row.describe(Pair("", ""))["weights"][swept.term]
@@ -112,7 +112,7 @@ def test_from_nothing_to_the_table_file(call: Call, tmp_path: Path) -> None:
 
     def run(*more: str) -> tuple[int, str, str]:
         out, err = io.StringIO(), io.StringIO()
-        places = ["--output", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--tables", str(tmp_path)]
+        places = [*([] if "--output" in more else ["--output", str(tmp_path / "runs")]), "--results", str(tmp_path / "results"), "--tables", str(tmp_path)]
         return main(["--search", str(tmp_path / "search.yaml"), *places, *more], Console(out, err)), out.getvalue(), err.getvalue()
 
     (tmp_path / "runs").mkdir()
@@ -135,6 +135,12 @@ def test_from_nothing_to_the_table_file(call: Call, tmp_path: Path) -> None:
     kept = sorted(path.parent.name for path in (tmp_path / "results" / "mine_weights").glob("*/result.json"))
     assert len(kept) == 6
     assert not list((tmp_path / "results").rglob("*.safetensors"))
+
+    (tmp_path / "empty").mkdir()
+    code, _, err = run("--table-only", "--output", str(tmp_path / "empty"))
+    assert code == 2
+    assert "do not make the choices of kd, kdiffusion_multi, kdiffusion_guide" in err
+    assert (tmp_path / "mine.yaml").read_text() == text, "a choice is never taken back by records that are not there"
 
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/result.json")}
     assert run()[0] == 0, "a second call trains nothing"
