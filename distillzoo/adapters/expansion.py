@@ -10,6 +10,7 @@ blocks would give the same plain networks, permuted, and would break in these th
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -111,12 +112,16 @@ class DualLayer(nn.Module):
 
         It sums to zero over the copies that are read, which are alike at the start, so that the function is unchanged; the rows
         of the slice are spared.
+
+        Args:
+            deviation: Of what is added to a wide weight.
         """
-        for name, (dims, divided) in self._held.items():
+        kept = math.sqrt(1.0 - 1.0 / self.ratio)  # of the deviation of r draws, once their mean is taken off
+        for name, (dims, _) in self._held.items():
             tensor: Tensor | None = getattr(self, name)
             if tensor is not None and dims == (0, 1):
                 wide = tensor.view(-1, self.ratio, tensor.shape[1] // self.ratio, self.ratio, *tensor.shape[2:])
-                noise = torch.randn_like(wide[:, 1:]) * (deviation / self.ratio if divided else deviation)
+                noise = torch.randn_like(wide[:, 1:]) * (deviation / kept)
                 wide[:, 1:] += noise - noise.mean(3, keepdim=True)
 
 

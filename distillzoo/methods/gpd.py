@@ -101,7 +101,7 @@ class GPD(Distiller):
         strategy: ``"hard"``: student and dynamic teacher share weights, and no loss joins them; ``"soft"``: the loss does, and the
             dynamic teacher, made from the student, has weights of its own; ``"both"``, as published.
         smoothing: Label smoothing of ``dynamic``, from 0 to 1. Authors: 0.1.
-        noise: Deviation of the noise that tells copies apart; 0 is none. Authors: 1e-6.
+        noise: Deviation of the noise that tells copies of a weight apart; 0 is none. Authors: 1e-6.
         branch_start: ``"pretrained"`` keeps the student's function (branch 1 has its kernel), ``"scratch"`` mixes six branches.
         weights: Weights by term.
         seed: Seed of the distiller.
