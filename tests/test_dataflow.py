@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from distillzoo import create_model
 from distillzoo.dataflow import Flow, RemainingPath, linear_sites, reaches_by_addition, same_function, tap_before_activation
-from distillzoo.dataflow.experiments import is_linear_op
+from distillzoo.dataflow.experiments import is_linear_op, last_function
 from distillzoo.errors import OptionError, TapError, UnsupportedPairError
+from distillzoo.stages import Probe
 from distillzoo.taps import Tapped, Teacher
 from distillzoo.types import DataSpec, Stage
 
@@ -68,6 +69,21 @@ class Residual(nn.Module):
         out = self.gate(self.bn2(self.conv2(out)))
         out += self.short(x)
         return self.act(out)
+
+
+class FunctionResidual(Residual):
+    """The same with functions in the place of modules: what its sum was before the last one passes no module."""
+
+    inplace = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.leaky_relu(self.bn1(self.conv1(x)), 0.1, inplace=self.inplace)
+        out = self.gate(self.bn2(self.conv2(out)))
+        return F.leaky_relu(out + self.short(x), 0.1, inplace=self.inplace)
+
+
+class FunctionResidualInPlace(FunctionResidual):
+    inplace = True
 
 
 class NormAct(nn.BatchNorm2d):
@@ -213,7 +229,32 @@ def test_the_dry_run_leaves_the_network_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
+BLOCKS = pytest.mark.parametrize("block", [FunctionResidual, FunctionResidualInPlace])
+
+
+@BLOCKS
+def test_what_a_function_takes_is_fed_by_what_feeds_the_sum(block):
+    flow = flow_of(block(6, 6), block(6, 8))
+    assert flow.linear("blocks.1:activation") == "blocks.1.conv2"
+    assert flow.linear_after("blocks.0:activation") == "blocks.1.conv1"
+    assert flow.before_activation(Stage("blocks.1", "blocks.1:activation")) == "blocks.1:activation"
+
+
 # ------------------------------------------------------------------------------------------------ additions
+
+
+@BLOCKS
+def test_a_norm_reaches_what_a_function_takes_and_not_what_it_makes(block):
+    network = Net(block(6, 8))
+    assert reaches_by_addition(network, DATA, "blocks.0.bn2", "blocks.0:activation")
+    assert not reaches_by_addition(network, DATA, "blocks.0.bn2", "blocks.0")
+    assert not reaches_by_addition(network, DATA, "blocks.0.bn1", "blocks.0:activation")
+
+
+def test_a_module_that_ends_with_no_function_has_no_such_tap():
+    network = Net(OwnConv(6, 8))
+    with pytest.raises(TapError, match=r"'blocks\.0:activation' asks for .* before its activation.*does not end"):
+        reaches_by_addition(network, DATA, "stem", "blocks.0:activation")
 
 
 def test_a_norm_reaches_the_sum_before_the_activation_by_addition_and_not_what_follows():
@@ -299,6 +340,34 @@ def test_shared_activations_and_sums_in_place_are_followed():
         expected = network.fc(before.relu().mean((2, 3))) if stop is None else network.blocks[1].conv1(before.relu())
         torch.testing.assert_close(result, expected)
         assert torch.equal(trace.features[tap], before)  # the activation that follows works in place
+
+
+@BLOCKS
+def test_the_path_from_what_a_function_takes_begins_with_that_function(block):
+    network = Net(block(6, 6), block(6, 8))
+    teacher = Teacher(network, DATA, stages=["blocks.0", "blocks.1"])
+    flow = Flow(network, DATA)
+    for stage, stop in ((1, "blocks.1.conv1"), (2, None)):
+        tap = tap_before_activation(teacher, flow, f"stage{stage}")
+        assert teacher.path(tap) == f"blocks.{stage - 1}:activation"
+        teacher.request(tap)
+        shape = teacher.shapes[tap]
+        path = RemainingPath(flow, teacher.path(tap), shape, shape[1:], stop)
+        trace = teacher(IMAGES)
+        before = trace.features[tap].clone()
+        assert (before < -0.1).any()
+        after = F.leaky_relu(before, 0.1)
+        torch.testing.assert_close(
+            path(trace.features[tap]), network.blocks[1].conv1(after) if stop else network.fc(after.mean((2, 3)))
+        )
+        assert torch.equal(trace.features[tap], before)
+    torch.testing.assert_close(path(before), trace.logits)
+
+
+def test_a_path_from_a_module_that_ends_with_no_function_is_an_error():
+    network = Net(OwnConv(6, 8))
+    with pytest.raises(TapError, match=r"forward of blocks\.0 of Net does not end with a function that activates"):
+        last_function(Probe(network, DATA), "blocks.0")
 
 
 def test_gradients_flow_into_the_value_and_not_into_the_network():

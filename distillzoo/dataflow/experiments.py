@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distillzoo.stages import Probe, split_path, tensor_of
+from distillzoo.errors import TapError
+from distillzoo.stages import Probe, split_path
+from distillzoo.taps.recording import ActivationHook, ActivationWatch, InputHook, OutputHook, Recorder
 from distillzoo.types import DataSpec
 
-__all__ = ["first_tensor", "is_linear_op", "reaches_by_addition", "same", "same_function", "watch"]
+__all__ = ["LastFunction", "first_tensor", "is_linear_op", "last_function", "reaches_by_addition", "same", "same_function", "watch"]
 
 _TOLERANCE = 1e-3  # relative, of single-precision sums over a layer's inputs
 _DOUBLE_TOLERANCE = 1e-6  # relative, of what a whole network makes of another order of sums in double precision
@@ -112,27 +116,87 @@ def watch(probe: Probe, source: str, tap: str, shift: Tensor | None = None) -> t
         source: Module path.
         tap: Tap path.
         shift: What is added to the module's output before it goes on.
+    Raises:
+        TapError: If no such tensor passes the tap.
     """
-    seen: dict[str, Tensor] = {}
+    seen: list[Tensor] = []
     path, side = split_path(tap)
 
     def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
-        seen["source"] = output.clone()
+        seen.append(output.clone())
         return output if shift is None else output + shift
 
-    def read(value: Any) -> None:
-        seen["tap"] = value.clone()
-
-    watched = probe.module.get_submodule(path)
-    handles = [probe.module.get_submodule(source).register_forward_hook(move)]
-    if side == "input":
-        handles.append(watched.register_forward_pre_hook(lambda m, args: read(first_tensor(args))))  # noqa: ARG005
-    else:
-        handles.append(watched.register_forward_hook(lambda m, a, output: read(tensor_of(output, len(probe.images)))))  # noqa: ARG005
+    recorder = Recorder()
+    hook = {"input": InputHook, "output": OutputHook, "activation": ActivationHook}[side](recorder, tap, clone=True)
+    handles = [probe.module.get_submodule(source).register_forward_hook(move), hook.attach(probe.module.get_submodule(path))]
+    recorder.start(len(probe.images))
     try:
-        with probe.evaluating():
+        with probe.evaluating(), ActivationWatch(recorder) if side == "activation" else nullcontext():
             probe.module(probe.images)
+        return seen[-1], recorder.values[tap]
     finally:
         for handle in handles:
             handle.remove()
-    return seen["source"], seen["tap"]
+
+
+@dataclass(frozen=True)
+class LastFunction:
+    """A call of a function that activates, to be repeated with another tensor.
+
+    Args:
+        function: The function.
+        rest: What it took after the tensor.
+        named: What it took by name.
+    """
+
+    function: Any
+    rest: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """Map a tensor to another of its shape."""
+        result: Tensor = self.function(value, *self.rest, **self.named)
+        return result
+
+
+class _FunctionWatch(ActivationWatch):
+    """Keeps the last call of a function that activates."""
+
+    last: LastFunction
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        before = self.recorder.activation
+        output = super().__torch_function__(func, types, args, kwargs)
+        if self.recorder.activation is not before:
+            self.last = LastFunction(func, tuple(args[1:]), dict(kwargs or {}))
+        return output
+
+
+def last_function(probe: Probe, path: str) -> LastFunction:
+    """Return the function that ends a module's last forward, a function such as ``relu`` that is no module.
+
+    Args:
+        probe: Dry batch and network.
+        path: Module path.
+    Raises:
+        TapError: If the forward does not end with such a function.
+    """
+    found: list[LastFunction] = []
+    watching = _FunctionWatch(Recorder())
+
+    def read(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
+        activation = watching.recorder.activation
+        found[:] = [watching.last] if activation is not None and activation[1] is output else []
+
+    handle = probe.module.get_submodule(path).register_forward_hook(read)
+    try:
+        with probe.evaluating(), watching:
+            probe.module(probe.images)
+    finally:
+        handle.remove()
+    if not found:
+        raise TapError(
+            f"The forward of {path} of {type(probe.module).__name__} does not end with a function that activates; name a module "
+            "that does, as 'path:input'."
+        )
+    return found[0]

@@ -109,7 +109,7 @@ class Flow:
                 f"{', '.join(ops[-8:]) or 'none'}. Name one by hand: taps={{'student': [Stage(path=..., linear=...)]}}."
             )
         last = self._last(tap)
-        shape = last.shape if split_path(tap)[1] == "output" else last.argument
+        shape = last.argument if split_path(tap)[1] == "input" else last.shape
         assert shape is not None
         return max(found, key=lambda call: (_alike(call.shape, shape), depths[call.node])).path
 
@@ -154,6 +154,7 @@ class Flow:
 
     def _node(self, tap: str) -> Node:
         call = self._last(tap)
+        # what an ending function takes feeds its output alone, and what follows reads that: one node serves both
         node = call.source if split_path(tap)[1] == "input" else call.node
         if node is None:
             raise TapError(f"The tap {tap!r} of {type(self.module).__name__} does not depend on the images; name one that does.")

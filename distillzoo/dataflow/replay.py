@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from distillzoo.dataflow.experiments import same, watch
+from distillzoo.dataflow.experiments import LastFunction, last_function, same, watch
 from distillzoo.dataflow.flow import Flow
 from distillzoo.errors import UnsupportedPairError
 from distillzoo.stages import Probe, split_path
@@ -58,17 +58,28 @@ class _Skipped(nn.Module):
 
 
 class _Entry(nn.Module):
-    """Stands for the tap's module: hands the given value on where the tap is, in the last of its calls."""
+    """Stands for the tap's module: hands the given value on where the tap is, in the last of its calls.
 
-    def __init__(self, run: _Run, path: str, side: str, calls: int, inner: nn.Module) -> None:
+    Args:
+        run: The pass.
+        path: The module's path.
+        side: Whether the tap is the module's input, its output, or what the function that ends its forward takes.
+        calls: How often it runs.
+        inner: The module.
+        function: That function, where the tap is what it takes.
+    """
+
+    def __init__(self, run: _Run, path: str, side: str, calls: int, inner: nn.Module, function: LastFunction | None = None) -> None:
         super().__init__()
-        self.run, self.path, self.side, self.calls, self.inner = run, path, side, calls, inner
+        self.run, self.path, self.side, self.calls, self.inner, self.function = run, path, side, calls, inner, function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.run.count(self.path) + 1 < self.calls:
             return self.inner(*args, **kwargs)
         value = self.run.value.clone()  # what follows may work in place, and the value is somebody's target
-        return value if self.side == "output" else self.inner(value, *args[1:], **kwargs)
+        if self.side == "input":
+            return self.inner(value, *args[1:], **kwargs)
+        return value if self.function is None else self.function(value)
 
 
 class _Exit(nn.Module):
@@ -99,9 +110,10 @@ class RemainingPath:
         UnsupportedPairError: If what follows the tap reads other tensors as well, or cannot be cut there.
     """
 
-    __slots__ = ("_images", "_prefix", "_raw", "_root", "_run", "_shape")  # like the Teacher: no part of who holds it
+    __slots__ = ("_images", "_network", "_prefix", "_raw", "_root", "_run", "_shape")  # like the Teacher: no part of who holds it
 
     def __init__(self, flow: Flow, tap: str, shape: Sequence[int], size: Sequence[int], stop: str | None = None) -> None:
+        self._network = flow.module
         probe = Probe(flow.module, flow.data)
         source, raw = watch(probe, stop or "", tap)
         self._run, self._images = _Run(len(raw)), probe.images.shape[1:]
@@ -128,8 +140,12 @@ class RemainingPath:
             return False
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Map ``(B, C, H, W)`` features of the tap to ``(B, num_classes)`` logits, or to the op's output."""
-        return self._follow(self._as_raw(features))
+        """Map ``(B, C, H, W)`` features of the tap to ``(B, num_classes)`` logits, or to the op's output.
+
+        The network computes in its own floating type; the result has that of the features.
+        """
+        like = next((p for p in self._network.parameters() if p.is_floating_point()), features)
+        return self._follow(self._as_raw(features.to(like.dtype))).to(features.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -154,7 +170,8 @@ class RemainingPath:
     def _replacements(self, flow: Flow, tap: str, stop: str | None) -> dict[str, nn.Module]:
         path, side = split_path(tap)
         time = flow.time(tap)
-        entry = _Entry(self._run, path, side, len(flow.calls_of(path)), flow.module.get_submodule(path))
+        function = last_function(Probe(flow.module, flow.data), path) if side == "activation" else None
+        entry = _Entry(self._run, path, side, len(flow.calls_of(path)), flow.module.get_submodule(path), function)
         replaced: dict[str, nn.Module] = {path: entry}
         if stop is not None:
             replaced[stop] = _Exit(flow.module.get_submodule(stop))

@@ -19,6 +19,7 @@ from distillzoo.adapters.reparam import Branched
 from distillzoo.adapters.reverse import diffusion_amplitudes, draw_noise, posterior_coefficients, reverse_chain
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError
 from distillzoo.functional import progressive_loss
+from distillzoo.models.resnet import BasicBlock
 from distillzoo.streams import Stream
 from distillzoo.testing import Subject, TinyNet, TinyTeacher, checks_state, checks_step, tiny_data, tiny_pair
 from distillzoo.types import Batch, Stage
@@ -541,6 +542,55 @@ def test_the_guide_of_an_inner_stage_compares_the_next_linear_op():
     torch.testing.assert_close(distiller(*images).terms["guide"], F.mse_loss(conv(predicted.relu()), conv(target.relu())))
 
 
+class FunctionBlock(BasicBlock):
+    """A residual block as many write it: no module stands for its activations."""
+
+    def forward(self, x):
+        inner = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(inner)) + self.downsample(x), inplace=True)
+
+
+def with_functions(name):
+    """One of our residual networks whose blocks end with a function; its own stages name modules that are gone."""
+    network = create_model(name, num_classes=5)
+    for block in (module for module in network.modules() if isinstance(module, BasicBlock)):
+        block.__class__ = FunctionBlock
+        del block.relu1, block.relu2
+    return network
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": "all", "guide": True}, {"guide": True, "objective": "average"}], ids=str)
+def test_blocks_that_end_with_a_function_are_read_as_those_that_end_with_a_module(options):
+    groups = ["layer1", "layer2", "layer3"]
+    torch.manual_seed(1)
+    networks = [with_functions("resnet8"), with_functions("resnet20")]
+    taps = {"student": groups, "teacher": groups}
+    functional = build_distiller("kdiffusion", *networks, input_size=32, seed=0, taps=taps, **options)
+    assert [functional.student_net.path(layer.rest) for layer in functional.layers][-1] == "layer3:activation"
+    images = batch()
+    torch.testing.assert_close(functional(*images).terms, build(**options)(*images).terms)
+    train(functional, 3).eval()
+    exported = functional.export_student().eval()
+    torch.testing.assert_close(exported(images[0]), functional.predict(images[0]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"guide": True, "layers": "all"}, {"guide": True, "guide_on": "final"}], ids=str)
+def test_networks_of_half_types_are_guided(options, dtype):
+    torch.manual_seed(1)
+    networks = [create_model(name, num_classes=5).to(dtype) for name in ("resnet8", "resnet20")]
+    distiller = build_distiller("kdiffusion", *networks, input_size=32, seed=0, **options)
+    images, targets = batch()
+    out = distiller(images.to(dtype), targets)
+    assert out.terms["guide"].dtype is torch.float32
+    assert torch.isfinite(out.loss)
+    out.loss.backward()
+    for name, parameter in distiller.named_parameters():
+        assert not parameter.requires_grad or torch.isfinite(parameter.grad).all(), name
+    exact = build(**options)  # the same networks in single precision
+    torch.testing.assert_close(out.terms["guide"], exact(images, targets).terms["guide"], rtol=0.1, atol=0.0)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -594,8 +644,8 @@ def test_an_op_whose_output_is_read_elsewhere_too_is_refused(inplace, dtype):
 
     student, teacher = Twice().to(dtype), TinyTeacher().to(dtype)
     student.groups[2][0].act.inplace = inplace
+    taps = {"student": ["groups.1.0", "groups.2.0.act"]}
     with pytest.raises(UnsupportedPairError, match=r"groups\.2\.0\.conv of Twice do not fold back.*by hand"):
-        taps = {"student": ["groups.1.0", "groups.2.0.act"]}
         build_distiller("kdiffusion", student, teacher, data=tiny_data(), taps=taps)
 
 
