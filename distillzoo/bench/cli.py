@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from distillzoo.bench.environment import check_commit
 from distillzoo.bench.lock import folder_lock
 from distillzoo.bench.networks import check_networks, pick_device
 from distillzoo.bench.options import Options, parse_options
@@ -168,6 +169,7 @@ class Command:
 
     def _hold(self) -> None:
         """Make sure that the output folder can be written to, and hold it until the end; doing so again does nothing."""
+        check_commit()
         self.store.check_writable()
         if not self._locked:
             self._held.enter_context(folder_lock(self.options.output))

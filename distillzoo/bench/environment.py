@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -12,13 +14,25 @@ from typing import Any
 
 import torch
 
-__all__ = ["describe_environment"]
+from distillzoo.errors import OptionError
+
+__all__ = ["COMMIT_VARIABLE", "check_commit", "describe_environment"]
+
+COMMIT_VARIABLE = "DISTILLZOO_COMMIT"
+"""Environment variable that names the commit where git cannot tell."""
 
 _PACKAGES = ("distillzoo", "torch", "torchvision", "timm", "numpy", "scikit-learn")
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Return versions, device, threads, processor, commit and date as plain data."""
+    """Return versions, device, threads, processor, commit and date as plain data.
+
+    Args:
+        device: Where is trained.
+    Raises:
+        OptionError: If the environment variable that names the commit holds something else.
+    """
+    commit, dirty = _commit()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **_versions()},
@@ -27,7 +41,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit,
+        "dirty": dirty,
     }
 
 
@@ -51,14 +66,41 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def check_commit() -> None:
+    """Refuse a commit that is none, before anything is trained.
+
+    Raises:
+        OptionError: If the environment variable that names the commit holds something else.
+    """
+    _commit()
+
+
 @functools.cache
-def _commit() -> str | None:
-    """Return the commit of the checkout that the package lies in, if it lies in one."""
+def _commit() -> tuple[str | None, bool | None]:
+    """Return the commit of the code as this process first asks, and whether the package differed from it; ``None``: not known.
+
+    Of a checkout git is asked; where it cannot tell ``DISTILLZOO_COMMIT`` may, as ``git describe --dirty`` writes it.
+    """
     root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
+    head = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
+    if head is not None:
+        changed = _git(root, "status", "--porcelain", "--", Path(__file__).parents[1].name)
+        return head, None if changed is None else bool(changed)
+    given = os.environ.get(COMMIT_VARIABLE, "").strip()
+    if not given:
+        return None, None
+    named = re.fullmatch(r"([0-9a-f]{7,64})(-dirty)?", given)
+    if named is None:
+        raise OptionError(
+            f"{COMMIT_VARIABLE} is {given!r}, but must be a commit in 7 to 64 hexadecimal digits, then -dirty if the code "
+            "differed; set it to what git describe --always --dirty --abbrev=40 --exclude '*' prints, or unset it."
+        )
+    return named[1], True if named[2] else None
+
+
+def _git(root: Path, *words: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
