@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distillzoo.bench.checks import check_keys, check_list
-from distillzoo.bench.cli import Command
+from distillzoo.bench.cli import DONE, FAILED, Command
 from distillzoo.bench.options import parse_options
 from distillzoo.bench.progress import Console
 from distillzoo.bench.recipe import Pair
@@ -166,7 +166,10 @@ def choose(search: Search, options: Sequence[str], folders: Sequence[Path], cons
             console.say(f"{swept.row} waits: the weight of {swept.like} is not chosen yet.")
             continue
         command = Command(parse_options([*arguments(search, swept, taken), *options]), folders, console, loaded, show=False)
-        code = max(code, command.run())
+        ended = command.run()
+        if ended == FAILED and command.results.keys() >= command.plan.runs.keys():
+            ended = DONE  # every run has its record: a weight that makes it diverge is an outcome, told as such
+        code = max(code, ended)
         choices[swept.row] = _choice(search, swept, command, taken)
     return list(choices.values()), code
 

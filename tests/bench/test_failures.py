@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from distillzoo import Distiller, register_distiller
+from distillzoo.bench.choice import Search, Swept, choose, table_text
+from distillzoo.bench.progress import Console
 from distillzoo.errors import UnsupportedPairError
 from distillzoo.registry import DISTILLERS
 from distillzoo.types import Requires
@@ -209,6 +212,19 @@ def test_a_diverged_member_leaves_the_others_alone(finished: Path, call: Call, r
     again = call(*arguments)
     assert again.code == 1
     assert again.out.lstrip() == outcome.out[outcome.out.index("synthetic: ") :], "it would diverge again, so it is not tried again"
+
+
+@pytest.mark.usefixtures("bad_methods")
+@pytest.mark.parametrize(("method", "code"), [("zz_diverging", 0), ("zz_failing", 1)])
+def test_a_weight_that_diverges_is_an_outcome_of_a_search(method: str, code: int, recipe_file: str, tmp_path: Path) -> None:
+    table = tmp_path / "table.yaml"
+    table.write_text(f"rows:\n  {method}: {{}}\n")
+    swept = Swept(method, "loss", (0.5, 1.0))
+    search = Search("mine", "synthetic", recipe_file, str(table), "mine", epochs=3, seed=0, rows=(swept,))
+    for _ in range(2):
+        choices, ended = choose(search, ["--output", str(tmp_path / "runs")], [], Console(io.StringIO(), io.StringIO()))
+        assert ended == code
+        assert ("0.5: diverged" in table_text(search, choices)) == (code == 0)
 
 
 @pytest.mark.usefixtures("bad_methods")
