@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distillzoo.adapters.expansion import DualLayer, Mode, tile
 from distillzoo.errors import OptionError
 
-__all__ = ["BranchStart", "LinearBranches", "check_branch_start", "takes_branches"]
+__all__ = ["BranchStart", "LinearBranches", "check_branch_start", "start_for", "takes_branches"]
 
 BranchStart = Literal["pretrained", "scratch"]
 _SCALES: dict[str, tuple[float, ...]] = {
@@ -33,6 +33,20 @@ def check_branch_start(start: BranchStart) -> BranchStart:
     if start not in get_args(BranchStart):
         raise OptionError(f"branch_start is one of {', '.join(get_args(BranchStart))}; got {start!r}. Choose one of these.")
     return start
+
+
+def start_for(network: nn.Module) -> BranchStart:
+    """Return the start that suits a network: ``"scratch"`` if its batch norms have seen no data, ``"pretrained"`` if they have.
+
+    A network without running statistics does not tell, and keeps its function.
+
+    Example:
+        >>> start_for(nn.BatchNorm2d(3)), start_for(nn.Conv2d(3, 3, 3))
+        ('scratch', 'pretrained')
+    """
+    norms = (module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    means = [norm.running_mean for norm in norms if norm.running_mean is not None]
+    return "scratch" if means and not any(mean.any() for mean in means) else "pretrained"
 
 
 def takes_branches(op: nn.Module) -> bool:

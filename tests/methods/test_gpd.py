@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from distillzoo import DataSpec, Distiller, build_distiller, create_model, register_distiller
 from distillzoo.adapters.expansion import DualOp, pick
+from distillzoo.adapters.orepa import LinearBranches
 from distillzoo.build import describe_distiller
 from distillzoo.errors import OptionError, ShapeError, UnknownNameError, UnsupportedPairError
 from distillzoo.methods.gpd import dynamic_teacher_loss
@@ -91,6 +92,23 @@ def test_from_scratch_branches_change_both_alike():
         assert gap(distiller.dynamic_net(x).logits, narrow) < 1e-4
         assert gap(plain(x), narrow) > 1e-2
         assert gap(distiller.export_student().eval()(x), narrow) < 1e-5
+
+
+def test_branches_start_as_published_for_a_fresh_student_and_keep_what_a_trained_one_does():
+    def scales(student, **options):
+        found = [m.scales for m in build("gpd", student, **options).modules() if isinstance(m, LinearBranches)]
+        assert found
+        return {tuple(round(v, 2) for v in column) for scale in found for column in scale.t().tolist()}
+
+    mixed, kept = {(0.25, 0.25, 0.0, 0.5, 0.05, 0.5)}, {(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)}
+    assert scales(TinyNet()) == scales(TinyNet().bfloat16()) == mixed
+    assert scales(TinyTeacher()) == kept, "its norms have seen data"
+    assert scales(TinyNet(), branch_start="pretrained") == kept
+    assert scales(TinyTeacher(), branch_start="scratch") == mixed
+    silent = TinyNet()
+    for block in (silent.stem, *(group[0] for group in silent.groups)):
+        block.norm = nn.GroupNorm(1, block.conv.out_channels)
+    assert scales(silent) == kept, "nothing tells that it is fresh"
 
 
 def test_a_homogeneous_rule_is_not_needed_of_modules():
