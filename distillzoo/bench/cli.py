@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,8 +18,8 @@ from distillzoo.bench.environment import check_commit
 from distillzoo.bench.lock import folder_lock
 from distillzoo.bench.networks import check_networks, pick_device
 from distillzoo.bench.options import Options, parse_options
-from distillzoo.bench.plan import Plan, make_plan
-from distillzoo.bench.progress import Console
+from distillzoo.bench.plan import Plan, TeacherJob, make_plan
+from distillzoo.bench.progress import Console, TimeIsUp
 from distillzoo.bench.recipe import Recipe, list_recipes
 from distillzoo.bench.recorded import recorded_data
 from distillzoo.bench.records import RecordStore, canonical_json
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str], *, teacher_folders: Sequence[Path] = (), cons
         teacher_folders: Folders of teachers that are only read.
         console: What the user sees; ``None`` is standard output and error.
     Returns:
-        0 done, 1 a run failed (the others' records stand), 2 wrong input, 130 interrupted.
+        0 done, 1 a run failed (the others' records stand), 2 wrong input, 130 interrupted, or ``--minutes`` are over.
     """
     console = console or Console()
     try:
@@ -54,6 +56,9 @@ def main(arguments: Sequence[str], *, teacher_folders: Sequence[Path] = (), cons
         sentence = " ".join(str(error).split())
         console.warn(f"run_table.py: {sentence}")
         return WRONG_INPUT
+    except TimeIsUp:
+        console.warn("The minutes are over. The same command again goes on from the last checkpoints.")
+        return INTERRUPTED
     except KeyboardInterrupt:
         console.warn("Interrupted. The same command again goes on from the last checkpoints.")
         return INTERRUPTED
@@ -112,6 +117,7 @@ class Command:
             raise OptionError("There is no recipe to run.")
         self.options = options
         self.console = console
+        self.deadline = math.inf if options.minutes is None else time.monotonic() + 60.0 * options.minutes
         self.recipe = options.recipe if not options.axes else sweep_rows(options.axes, options.recipe)
         self.device = pick_device(options.device)
         if options.threads is not None:
@@ -182,7 +188,7 @@ class Command:
         failed = False
         action = self.options.action
         if action == "table-only" and not self.options.output.is_dir():
-            raise OptionError(
+            self.console.warn(
                 f"There are no records in {str(self.options.output)!r}; name the folder with --output, or run without --table-only."
             )
         if action != "table-only":
@@ -199,7 +205,8 @@ class Command:
                 self.console.say(text)
                 return DONE if whole else FAILED
             self._hold()
-            failed = not SerialRunner(self.plan, self.store, self.teachers, self.device, self.console).run(groups)
+            runner = SerialRunner(self.plan, self.store, self.teachers, self.device, self.console, self.deadline)
+            failed = not runner.run(groups)
             self._read_results()
         if action == "dry-run":
             self.console.say("Nothing is left to run: every record is there.")
@@ -226,7 +233,7 @@ class Command:
 
     def _show(self, view: Table | SweepView) -> None:
         self.console.say("\n" + view.text() + "\n")
-        if self.options.action != "smoke":
+        if self.options.action != "smoke" and self.options.output.is_dir():
             axes = [axis.path.replace(".", "-") for axis in self.options.axes]
             self._write(view, self.options.output, "_".join(["sweep", self.recipe.name, *axes] if axes else [self.recipe.name]))
 
@@ -248,12 +255,8 @@ class Command:
             return
         self.console.say(f"Written: {folder / name}.md, .csv, .png; records in {folder}.")
 
-    def _teacher_info(self, job: Any) -> Mapping[str, Any] | None:
-        found = self.teachers.find(job)
-        if found is not None:
-            return found.describe()
-        known = (result.get("teacher") for result in self.results.values())
-        return next((teacher for teacher in known if teacher and teacher["id"] == job.id), None)
+    def _teacher_info(self, job: TeacherJob) -> Mapping[str, Any] | None:
+        return self.teachers.describe(job, self.results)
 
 
 def _listing() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ class Options:
         download: Whether missing data may be fetched.
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: Threads of torch; ``None`` leaves them.
+        minutes: How long to train, to the end of the epoch that is under way then; ``None`` is to the end.
         teacher_checkpoint: The teacher's weights.
         action: ``run``, ``list``, ``dry-run``, ``table-only`` or ``smoke``.
     """
@@ -50,6 +52,7 @@ class Options:
     download: bool
     device: str
     threads: int | None
+    minutes: float | None
     teacher_checkpoint: Path | None
     action: str
 
@@ -87,6 +90,7 @@ def _parser() -> _Parser:
     add("--output", metavar="DIR", default="runs", help="folder of the records (default: runs)")
     add("--device", default="auto", metavar="auto|cpu|cuda", help="where to train")
     add("--threads", metavar="N", help="threads of torch on the CPU")
+    add("--minutes", metavar="N", help="stop at the end of an epoch after so long; the same command goes on")
     add("--executor", default="serial", metavar="serial|ray|slurm", help="who runs the groups (ray and slurm come later)")
     add("--table", metavar="NAME", help="table file: which rows there are")
     add("--teacher", metavar="NAME", help="this network teaches in every pair")
@@ -158,6 +162,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         download=given.download,
         device=given.device,
         threads=None if given.threads is None else _integer("--threads", given.threads, 1, 1024),
+        minutes=None if given.minutes is None else _minutes(given.minutes),
         teacher_checkpoint=None if given.teacher_checkpoint is None else Path(given.teacher_checkpoint),
         action=action,
     )
@@ -195,6 +200,16 @@ def _integer(option: str, text: str, least: int, most: int = 2**31 - 1) -> int:
         raise OptionError(f"{option} takes a whole number of at most {most}; got {text}; write for example {least}.")
     if value < least:
         raise OptionError(f"{option} takes a whole number of at least {least}; got {value}; write for example {least}.")
+    return value
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise OptionError(f"--minutes takes a number above 0; got {text!r}; write for example 25.")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -14,10 +15,14 @@ from tqdm import tqdm
 
 from distillzoo.engine import StepReport
 
-__all__ = ["Console", "GroupProgress", "Meter"]
+__all__ = ["Console", "GroupProgress", "Meter", "TimeIsUp"]
 
 _PATIENCE = 30.0  # seconds of silence before a wait is explained
 _LINE_SECONDS = 30.0  # between two lines of progress where no terminal shows a bar
+
+
+class TimeIsUp(KeyboardInterrupt):
+    """The time that was given is over: an interruption like the user's own, at the end of an epoch."""
 
 
 class Console:
@@ -64,9 +69,9 @@ class Console:
         finally:
             timer.cancel()
 
-    def meter(self, total: float, done: float = 0.0) -> Meter:
+    def meter(self, total: float, done: float = 0.0, deadline: float = math.inf) -> Meter:
         """Start the bar of a plan."""
-        return Meter(self, total, done)
+        return Meter(self, total, done, deadline)
 
 
 class Meter:
@@ -78,10 +83,12 @@ class Meter:
         console: Where it is shown.
         total: Work of the plan.
         done: Work that earlier runs did.
+        deadline: When time is up, in seconds of the monotonic clock.
     """
 
-    def __init__(self, console: Console, total: float, done: float = 0.0) -> None:
+    def __init__(self, console: Console, total: float, done: float = 0.0, deadline: float = math.inf) -> None:
         self._console = console
+        self._deadline = deadline
         self._total = max(total, 1e-9)
         self._done = self._before = done
         self._start = self._last_line = time.monotonic()
@@ -118,6 +125,11 @@ class Meter:
             self._bar.initial += work
             self._bar.n = self._done
             self._bar.refresh()
+
+    def check_time(self) -> None:
+        """Raise :class:`TimeIsUp` once the deadline is over."""
+        if time.monotonic() > self._deadline:
+            raise TimeIsUp
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
@@ -161,7 +173,13 @@ class GroupProgress:
         self._meter.skip(steps * (min(epochs) * self._shared + sum(epochs) * self._member))
 
     def step(self, report: StepReport) -> None:
-        """Count a step; first phases are shown and not counted, as the plan does not know their length."""
+        """Count a step; first phases are shown and not counted, as the plan does not know their length.
+
+        Raises:
+            TimeIsUp: With the first step of an epoch, when the epoch before is written down.
+        """
+        if report.step == 1:
+            self._meter.check_time()
         work = self._shared + report.active * self._member if report.phase == "main" else 0.0
         phase = "" if report.phase == "main" else f"{report.phase} "
         self._meter.advance(work, f"{self._label}: {phase}epoch {report.epoch + 1}/{report.epochs}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -87,24 +88,38 @@ class SerialRunner:
         teachers: Where teachers are kept.
         device: Where to train.
         console: What the user sees.
+        deadline: When to stop, in seconds of the monotonic clock: at the end of the epoch that is under way then.
     """
 
-    def __init__(self, plan: Plan, store: RecordStore, teachers: TeacherStore, device: torch.device, console: Console) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        store: RecordStore,
+        teachers: TeacherStore,
+        device: torch.device,
+        console: Console,
+        deadline: float = math.inf,
+    ) -> None:
         self.plan = plan
         self.store = store
         self.teachers = teachers
         self.device = device
         self.console = console
+        self.deadline = deadline
         self.failures: dict[str, str] = {}
         self._started = time.monotonic()
 
     def run(self, groups: list[Group]) -> bool:
-        """Train the groups; returns whether everything went well. What failed is said, and stands in ``failures``."""
+        """Train the groups; returns whether everything went well. What failed is said, and stands in ``failures``.
+
+        Raises:
+            TimeIsUp: When the deadline is over.
+        """
         jobs = {group.teacher.id: group.teacher for group in groups if group.teacher is not None}
         missing = [job for job in jobs.values() if self.teachers.find(job) is None]
         costs = _Costs()
         total = sum(costs.teacher(job) for job in missing) + sum(costs.group(group) for group in groups)
-        meter = self.console.meter(total)
+        meter = self.console.meter(total, deadline=self.deadline)
         try:
             for job in missing:
                 self._make_teacher(job, costs, meter)
@@ -156,7 +171,8 @@ class SerialRunner:
             teacher = make_teacher(group, self.teachers.load(group.teacher))
         described = None if stored is None else stored.describe()
         runs = {run.id: run for run in group.runs}
-        records = {run_id: self.store.record(run_id) for run_id in runs}
+        taught = {run_id: stored.sha256 for run_id, run in runs.items() if stored is not None and run.teacher is not None}
+        records = {run_id: self.store.record(run_id, taught.get(run_id)) for run_id in runs}
 
         def begin(run_id: str) -> None:
             run = runs[run_id]

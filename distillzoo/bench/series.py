@@ -24,6 +24,7 @@ def series_parser(text: str, results: Path) -> argparse.ArgumentParser:
     """
     made = argparse.ArgumentParser(description=text.split("\n\n")[0], allow_abbrev=False)
     made.add_argument("--data-root", metavar="DIR", help="folder of the data set")
+    made.add_argument("--download", action="store_true", help="fetch a missing data set")
     made.add_argument("--output", metavar="DIR", type=Path, default=Path("runs"), help="folder of the records (default: runs)")
     made.add_argument("--threads", metavar="N", help="threads of torch on the CPU")
     made.add_argument("--device", metavar="auto|cpu|cuda", help="where to train")
@@ -42,7 +43,8 @@ def series_options(given: argparse.Namespace) -> list[str]:
     for name in ("data_root", "threads", "device"):
         if getattr(given, name) is not None:
             options += [f"--{name.replace('_', '-')}", getattr(given, name)]
-    return [*options, "--table-only"] if given.table_only else options
+    flags = {"--table-only": given.table_only, "--download": given.download}
+    return [*options, *(flag for flag, wanted in flags.items() if wanted)]
 
 
 def run_series(name: str, work: Callable[[], int], console: Console) -> int:

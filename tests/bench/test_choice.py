@@ -112,7 +112,13 @@ def test_from_nothing_to_the_table_file(call: Call, tmp_path: Path) -> None:
 
     def run(*more: str) -> tuple[int, str, str]:
         out, err = io.StringIO(), io.StringIO()
-        places = [*([] if "--output" in more else ["--output", str(tmp_path / "runs")]), "--results", str(tmp_path / "results"), "--tables", str(tmp_path)]
+        places = [
+            *([] if "--output" in more else ["--output", str(tmp_path / "runs")]),
+            "--results",
+            str(tmp_path / "results"),
+            "--tables",
+            str(tmp_path),
+        ]
         return main(["--search", str(tmp_path / "search.yaml"), *places, *more], Console(out, err)), out.getvalue(), err.getvalue()
 
     (tmp_path / "runs").mkdir()

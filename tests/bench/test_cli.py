@@ -87,7 +87,8 @@ WRONG = [
     (["--teacher-head", "slice"], "no published weights of 'tinycnn_32'"),
     (["--teacher-checkpoint", "missing.pt"], "does not exist"),
     (["--dry-run", "--smoke"], "exclude each other"),
-    (["--table-only"], "no records"),
+    (["--minutes", "0"], "--minutes takes a number above 0; got '0'"),
+    (["--minutes", "soon"], "--minutes takes a number above 0; got 'soon'"),
 ]
 
 
@@ -104,6 +105,14 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
     assert outcome.err.count("\n") == 1
     assert outcome.out == ""
     assert not output.exists()
+
+
+def test_a_table_of_no_records_has_every_cell_missing(call: Call, recipe_file: str, tmp_path: Path) -> None:
+    outcome = call("--recipe", recipe_file, "--table-only", "--output", str(tmp_path / "runs"))
+    assert outcome.code == 0
+    assert "There are no records in" in outcome.err
+    assert "missing" in outcome.out
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

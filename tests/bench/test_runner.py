@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distillzoo.bench import cli, networks, recording, training
+from distillzoo.bench import cli, networks, progress, recording, training
 from distillzoo.errors import DataError
 from tests.bench.conftest import Call, Stop, records
 
@@ -102,6 +102,34 @@ def test_interrupted_and_resumed_equals_unbroken(
     for key, folder in whole.items():
         for name in ("result.json", "metrics.jsonl", "recipe.yaml", "student.safetensors"):
             assert (folder / name).read_bytes() == (resumed[key] / name).read_bytes(), (key, name)
+
+
+def test_minutes_end_with_an_epoch_and_nothing_is_lost(
+    finished: Path, call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "runs"
+    arguments = ["--recipe", recipe_file, "--output", str(output)]
+    outcome = call(*arguments, "--minutes", "0.000001")
+    assert (outcome.code, outcome.out) == (130, "")
+    assert "The minutes are over" in outcome.err
+    checks = iter(range(100))
+
+    def late(meter: progress.Meter) -> None:
+        if next(checks) == 3:  # two epochs of the teacher, one of the students
+            raise progress.TimeIsUp
+
+    monkeypatch.setattr(recording, "_SAVE_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.Meter, "check_time", late)
+        assert call(*arguments).code == 130
+    kept = [len((path.parent / "metrics.jsonl").read_text().splitlines()) for path in output.glob("*/last.pt")]
+    assert kept == [1, 1]
+    assert call(*arguments, "--minutes", "60").code == 0
+    whole, resumed = records(finished), records(output)
+    assert set(whole) == set(resumed)
+    assert all(
+        (folder / "result.json").read_bytes() == (resumed[key] / "result.json").read_bytes() for key, folder in whole.items()
+    )
 
 
 def test_a_resumed_run_trains_only_what_is_left(
