@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from distillzoo.bench.changes import changes
 from distillzoo.bench.plan import Cell, Plan, TeacherJob
-from distillzoo.bench.recipe import Recipe
+from distillzoo.bench.provenance import teachers_sentence
+from distillzoo.bench.render import Spread
 
 if TYPE_CHECKING:
     from distillzoo.bench.table import Line
 
-__all__ = ["Results", "TeacherInfo", "cost_sentence", "figures_by_seed", "pair_caption", "protocol_note", "table_caption"]
+__all__ = [
+    "Results",
+    "TeacherInfo",
+    "accuracy_text",
+    "baseline_title",
+    "cost_sentence",
+    "ended_by_seed",
+    "ended_text",
+    "figures_by_seed",
+    "pair_caption",
+    "protocol_note",
+    "seeds_text",
+    "table_caption",
+]
 
 Results = Mapping[str, Mapping[str, Any]]
 TeacherInfo = Callable[[TeacherJob], Mapping[str, Any] | None]
@@ -29,15 +44,101 @@ def figures_by_seed(cells: Sequence[Cell], results: Results, key: str) -> dict[i
     return {seed: float(value) for seed, value in found.items() if value is not None}
 
 
-def protocol_note(recipe: Recipe) -> str:
-    """Say by which recipe the numbers came, and that only the published protocol compares with published figures."""
-    count = f"{len(recipe.seeds)} seed{'s' if len(recipe.seeds) != 1 else ''}"
+def ended_by_seed(cells: Sequence[Cell], results: Results) -> dict[int, str]:
+    """Return by seed how runs ended that have a result and did not reach their last epoch.
+
+    Args:
+        cells: Cells of one row of one pair.
+        results: Results by run id.
+    """
+    states = {cell.seed: str(results[cell.run.id].get("status", "done")) for cell in cells if cell.run.id in results}
+    return {seed: state for seed, state in states.items() if state != "done"}
+
+
+def seeds_text(counts: Collection[int], asked: int) -> str:
+    """Say how many seeds are there, and of how many where some are missing.
+
+    Args:
+        counts: Seeds that each row has.
+        asked: Seeds that were asked for.
+
+    Example:
+        >>> seeds_text([3, 3], 3), seeds_text([0, 2], 3), seeds_text([1], 3)
+        ('n = 3 seeds', 'n = 0 to 2 of 3 seeds', 'n = 1 of 3 seeds')
+    """
+    low, high = min(counts, default=0), max(counts, default=0)
+    there = str(low) if low == high else f"{low} to {high}"
+    return f"n = {there if low == high == asked else f'{there} of {asked}'} seed{'s' if asked != 1 else ''}"
+
+
+def ended_text(ended: Mapping[int, str], asked: int) -> str:
+    """Say how seeds ended that have a result and no figure: ``"seed 1 diverged"``; empty if there are none.
+
+    Args:
+        ended: Their states by seed.
+        asked: Seeds that were asked for; of a single one the number says nothing.
+    """
+    by_state: dict[str, list[int]] = {}
+    for seed, state in sorted(ended.items()):
+        by_state.setdefault(state, []).append(seed)
+    if asked == 1:
+        return ", ".join(by_state)
+    return ", ".join(f"seed{'s' if len(seeds) > 1 else ''} {_listed(seeds, ' and ')} {state}" for state, seeds in by_state.items())
+
+
+def accuracy_text(figures: Spread, missing: str) -> str:
+    """Write a cell: mean ± standard deviation, and why seeds are missing, where that is known.
+
+    Args:
+        figures: Accuracies of the seeds that have one.
+        missing: Why others have none; may be empty.
+    """
+    if not figures.n:
+        return missing or "missing"
+    return f"{figures.text()} ({missing})" if missing else figures.text()
+
+
+def baseline_title(plan: Plan) -> str:
+    """Return the title of the row that the others are compared with, as its column has it.
+
+    Args:
+        plan: The plan of the table.
+    """
+    return next((row.title for row in plan.table.rows if row.name == plan.table.baseline), plan.table.baseline)
+
+
+def protocol_note(plan: Plan, counts: Collection[int]) -> str:
+    """Say by which recipe the numbers came, and that only the published protocol compares with published figures.
+
+    Args:
+        plan: The plan of the table.
+        counts: Seeds that each row has.
+    """
+    recipe = plan.recipe
     short = recipe.name.removeprefix(f"{recipe.dataset}_")
     short = short.upper() if short == "cpu" else short
-    changed = f" with {', '.join(recipe.changed)} changed" if recipe.changed else ""
+    changed = changes(plan)
+    named = f" with {_listed(changed, ' and ')}" if changed else ""
+    seeds = seeds_text(counts, len(recipe.seeds))
+    trained = _trained(plan)
     if recipe.comparable and not changed:
-        return f"Recipe {short}, {count}."
-    return f"{short} recipe{changed}, {count}: not comparable with published figures."
+        return f"Recipe {short}, {seeds}. {trained}"
+    return f"{short} recipe{named}, {seeds}: not comparable with published figures. {trained}"
+
+
+def _trained(plan: Plan) -> str:
+    """Say for how many epochs and in which batches students and teachers train."""
+    configs = {
+        "Students": [cell.run.config for cell in plan.cells],
+        "teachers": [cell.teacher.config for cell in plan.cells if not cell.teacher.imported],
+    }
+    said = []
+    for who, found in configs.items():
+        if found:
+            epochs = _listed(sorted({config.epochs for config in found}), " or ")
+            batches = _listed(sorted({config.batch_size for config in found}), " or ")
+            said.append(f"{who} train {epochs} epoch{'s' if epochs != '1' else ''} in batches of {batches}")
+    return f"{', '.join(said)}."
 
 
 def table_caption(plan: Plan, lines: Sequence[Line]) -> str:
@@ -60,9 +161,9 @@ def table_caption(plan: Plan, lines: Sequence[Line]) -> str:
     sentences = [
         f"{data.description} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
         "over seeds.",
-        f"Differences to {plan.table.baseline} are paired over seeds; differences inside the spread mean nothing. The best epoch "
+        f"Differences to {baseline_title(plan)} are paired over seeds; differences inside the spread mean nothing. The best epoch "
         "is chosen on the evaluation images and so flatters.",
-        protocol_note(plan.recipe),
+        protocol_note(plan, [len(line.last) for line in lines if line.applies]),
         "In brackets: ours less the published figure." if any(line.published and line.last for line in lines) else "",
         *(f"* {label}'s {' and '.join(titles)}: {protocol}." for (label, protocol), titles in starred.items()),
         *(f"Settings of {', '.join(titles)}: from {origin}." for origin, titles in origins.items()),
@@ -74,6 +175,7 @@ def table_caption(plan: Plan, lines: Sequence[Line]) -> str:
 
 def pair_caption(
     cells: Sequence[Cell],
+    lines: Sequence[Line],
     results: Results,
     teacher_info: TeacherInfo,
     reasons: Mapping[str, str],
@@ -83,6 +185,7 @@ def pair_caption(
 
     Args:
         cells: Its cells.
+        lines: Its lines.
         results: Results by run id.
         teacher_info: Accuracy and parameters of a teacher, ``None`` if they are not known.
         reasons: Why a run has no result, by run id.
@@ -98,16 +201,14 @@ def pair_caption(
     theirs = f", published {', '.join(f'{value:.2f} % ({label})' for label, value in published)}" if published else ""
     sizes = [results[cell.run.id].get("parameters") for cell in cells if cell.run.id in results]
     size = next((f" ({value:,} parameters)" for value in sizes if value), "")
-    counts = sorted(
-        {
-            len(figures_by_seed([c for c in cells if c.row.name == name], results, "last_accuracy"))
-            for name in {cell.row.name for cell in cells}
-        }
-    )
-    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    counts = [len(line.last) for line in lines if line.applies]
+    fates = {line.row.title: ended_text(line.ended, line.asked) for line in lines if line.ended}
+    ended = [f"{title}: {fate}" for title, fate in fates.items()]
     sentences = [
-        f"{teacher}{theirs}, student {pair.student}{size}; n = {n} seed{'s' if n != '1' else ''}.",
-        "One seed ranks nothing." if n == "1" else "",
+        f"{teacher}{theirs}, student {pair.student}{size}; {seeds_text(counts, lines[0].asked)}.",
+        "One seed ranks nothing." if max(counts, default=0) == 1 else "",
+        f"{'; '.join(ended)}; a mean of the other seeds flatters." if ended else "",
+        teachers_sentence(cells, results),
         cost_sentence([cell for cell in cells if cell.run.id in results], results),
         *sorted({f"Not applicable: {cell.row.title} ({reasons[cell.run.id]})" for cell in cells if cell.run.id in reasons}),
     ]
@@ -137,9 +238,15 @@ def cost_sentence(cells: Sequence[Cell], results: Results) -> str:
     )
     rows = f"{' or '.join(map(str, sizes))} row{'s' if sizes != [1] else ''} on one teacher pass"
     speed = f"{_range(speeds, '.0f')} images/s for each row"
-    return f"Training took {_range(minutes, '.1f')} minutes for a group of {rows}, {speed}, on {', '.join(places)}."
+    beside = "evaluation, checkpoints and epochs that were interrupted come on top"
+    return f"Training took {_range(minutes, '.1f')} minutes for a group of {rows}, {speed}, on {', '.join(places)}; {beside}."
 
 
 def _range(values: list[float], form: str) -> str:
     low, high = f"{min(values):{form}}", f"{max(values):{form}}"
     return low if low == high else f"{low} to {high}"
+
+
+def _listed(parts: Sequence[object], last: str) -> str:
+    words = [str(part) for part in parts]
+    return last.join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

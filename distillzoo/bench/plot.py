@@ -13,7 +13,7 @@ from distillzoo.bench.render import Spread
 from distillzoo.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from distillzoo.bench.table import Table
+    from distillzoo.bench.table import Line, Table
 
 __all__ = ["fits_log_axis", "plot_sweep", "plot_table"]
 
@@ -69,16 +69,21 @@ def plot_table(table: Table, path: Path) -> None:
         reference = next((line.spreads()[0].mean for line in block.lines if line.row.name == table.baseline_name), None)
         if reference is not None:
             axes.axvline(reference, color=_INK, lw=0.8, ls=":", zorder=1)
-        axes.set_yticks(range(len(block.lines)), [line.row.title for line in block.lines])
+        axes.set_yticks(range(len(block.lines)), [_label(line) for line in block.lines])
         axes.set_ylim(len(block.lines) - 0.5, -0.5)
         axes.set_title(f"{block.pair.teacher} → {block.pair.student}", fontsize=10, color=_INK)
         axes.set_xlabel("top-1 after the last epoch, %")
         _clean(axes)
-    seeds = max((line.asked for block in table.blocks for line in block.lines), default=0)
-    spread = f"grey: each of {seeds} seeds; blue: mean ± sd" if seeds > 1 else "one seed"
+    seeds = max((len(line.last) for block in table.blocks for line in block.lines), default=0)
+    spread = f"grey: each of {seeds} seeds; blue: mean ± sd" if seeds > 1 else ("nothing yet", "one seed")[seeds]
     figure.suptitle(f"{table.title} ({spread}; dotted: {table.baseline})", fontsize=10, color=_INK)
     figure.tight_layout()
     _save(plt, figure, path)
+
+
+def _label(line: Line) -> str:
+    """Return a row's title, with the number of seeds where some are missing."""
+    return line.row.title if len(line.last) in (0, line.asked) else f"{line.row.title} ({line.count()})"
 
 
 def fits_log_axis(values: Sequence[float]) -> bool:

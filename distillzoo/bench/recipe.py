@@ -81,6 +81,7 @@ class Recipe:
         comparable: Whether this is the protocol of the published figures.
         note: A sentence for the caption.
         changed: Paths of fields that were overridden; captions name them.
+        original: Every field as the recipe's file has it; empty if it was not read from a file.
     Raises:
         OptionError: If a list is empty or has a value twice, or a number is out of range.
     """
@@ -107,6 +108,7 @@ class Recipe:
     comparable: bool = False
     note: str = ""
     changed: tuple[str, ...] = ()
+    original: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if re.fullmatch(r"[A-Za-z0-9_-]+", self.name) is None:  # it names the table's files, which stay in the output folder
@@ -144,7 +146,7 @@ class Recipe:
 _CONFIG_FIELDS = tuple(item.name for item in fields(TrainConfig))
 _RECIPE_FIELDS = tuple(item.name for item in fields(Recipe))
 # Never handed to jsonargparse: where the type is Any it would import and construct what a mapping names.
-_FREE_FIELDS = ("data", "teacher_data", "student_overrides", "teacher_overrides", "options", "weights")
+_FREE_FIELDS = ("data", "teacher_data", "student_overrides", "teacher_overrides", "options", "weights", "original")
 
 
 def _overridden(config: TrainConfig, overrides: Mapping[str, Mapping[str, Any]], model: str) -> TrainConfig:
@@ -233,7 +235,8 @@ def load_recipe(path: Path) -> Recipe:
     values = read_yaml(path)
     if not isinstance(values, Mapping):
         raise OptionError(f"The recipe {str(path)!r} must be a mapping of fields; got {type(values).__name__}.")
-    return make_recipe(values, f"The recipe {path.stem!r}")
+    recipe = make_recipe(values, f"The recipe {path.stem!r}")
+    return replace(recipe, original=replace(recipe, original={}).as_dict())
 
 
 def apply_override(recipe: Recipe, path: str, value: Any) -> Recipe:
@@ -245,7 +248,7 @@ def apply_override(recipe: Recipe, path: str, value: Any) -> Recipe:
         OptionError: If there is no such field, or the value is wrong.
     """
     first, *rest = path.split(".")
-    if first not in _RECIPE_FIELDS or first in ("name", "dataset", "changed", "comparable"):
+    if first not in _RECIPE_FIELDS or first in ("name", "dataset", "changed", "comparable", "original"):
         raise OptionError(unknown_name("recipe field", first, _RECIPE_FIELDS, listed="Its fields are"))
     values = copy.deepcopy(recipe.as_dict())
     if first in ("student", "teacher"):

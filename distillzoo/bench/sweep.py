@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distillzoo.bench.captions import Results, protocol_note
+from distillzoo.bench.captions import Results, accuracy_text, ended_by_seed, ended_text, figures_by_seed, protocol_note
 from distillzoo.bench.checks import check_list
-from distillzoo.bench.plan import Plan
+from distillzoo.bench.plan import Cell, Plan
 from distillzoo.bench.recipe import Recipe, apply_override
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
 from distillzoo.bench.rows import Row, TableSpec, merge, merge_weights, select_rows
@@ -135,6 +135,18 @@ def _expand(row: Row, axes: Sequence[Axis]) -> list[Row]:
 
 
 @dataclass(frozen=True)
+class _Entry:
+    """A line of a sweep: pair, row, swept values, accuracies, which seeds diverged, and how many seeds were asked for."""
+
+    pair: str
+    title: str
+    point: dict[str, Any]
+    figures: Spread
+    ended: str
+    asked: int
+
+
+@dataclass(frozen=True)
 class SweepView:
     """The view of a sweep: accuracy by values of the swept fields.
 
@@ -153,26 +165,33 @@ class SweepView:
         """Title of the table and the plot."""
         return f"{self.plan.recipe.dataset}: {' x '.join(axis.path for axis in self.axes)}"
 
-    def _entries(self) -> list[tuple[str, str, dict[str, Any], Spread, int]]:
-        """Return pair, row title, point, accuracies and number of seeds asked for, in order."""
-        found: dict[tuple[str, str, str], tuple[str, str, dict[str, Any], list[float | None]]] = {}
+    def _entries(self) -> list[_Entry]:
+        found: dict[tuple[str, str, str], list[Cell]] = {}
         for cell in self.plan.cells:
-            key = (str(cell.pair), cell.row.title, repr(cell.row.point))
-            entry = found.setdefault(key, (str(cell.pair), cell.row.title, dict(cell.row.point), []))
-            entry[3].append(self.results.get(cell.run.id, {}).get("last_accuracy"))
-        return [(pair, title, point, spread(values), len(values)) for pair, title, point, values in found.values()]
+            found.setdefault((str(cell.pair), cell.row.title, repr(cell.row.point)), []).append(cell)
+        return [
+            _Entry(
+                pair,
+                title,
+                dict(cells[0].row.point),
+                spread([*figures_by_seed(cells, self.results, "last_accuracy").values()]),
+                ended_text(ended_by_seed(cells, self.results), len(cells)),
+                len(cells),
+            )
+            for (pair, title, _), cells in found.items()
+        ]
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         header = ["method", "pair", *(axis.path for axis in self.axes), "last epoch", "n"]
         lines = [
             [
-                title,
-                pair,
-                *(str(point.get(axis.path, "-")) for axis in self.axes),
-                figures.text() if figures.n else "missing",
-                str(figures.n) if figures.n == asked else f"{figures.n} of {asked}",
+                entry.title,
+                entry.pair,
+                *(str(entry.point.get(axis.path, "-")) for axis in self.axes),
+                accuracy_text(entry.figures, entry.ended),
+                str(entry.figures.n) if entry.figures.n == entry.asked else f"{entry.figures.n} of {entry.asked}",
             ]
-            for pair, title, point, figures, asked in self._entries()
+            for entry in self._entries()
         ]
         return header, lines
 
@@ -185,10 +204,11 @@ class SweepView:
             if data.split == "heldout"
             else "Evaluated on the test set: nothing may be chosen here."
         )
+        counts = [entry.figures.n for entry in self._entries()]
         described = "; ".join(dict.fromkeys(cell.run.data.description for cell in self.plan.cells))
         return (
             f"{described} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
-            f"over seeds; differences inside the spread mean nothing. {chosen} {protocol_note(self.plan.recipe)}"
+            f"over seeds; differences inside the spread mean nothing. {chosen} {protocol_note(self.plan, counts)}"
         )
 
     def text(self) -> str:
@@ -203,8 +223,15 @@ class SweepView:
         """Return one line for every point."""
         return as_csv(
             [
-                {"pair": pair, "row": title, **point, "n": figures.n, "last_mean": figures.mean, "last_sd": figures.sd}
-                for pair, title, point, figures, _ in self._entries()
+                {
+                    "pair": entry.pair,
+                    "row": entry.title,
+                    **entry.point,
+                    "n": entry.figures.n,
+                    "last_mean": entry.figures.mean,
+                    "last_sd": entry.figures.sd,
+                }
+                for entry in self._entries()
             ]
         )
 
@@ -213,12 +240,12 @@ class SweepView:
         axis = self.axes[0]
         lines: dict[str, list[Spread]] = {}
         pairs = len({str(cell.pair) for cell in self.plan.cells}) > 1
-        for pair, title, point, figures, _ in self._entries():
-            others = [f"{path}={value}" for path, value in point.items() if path != axis.path]
-            label = ", ".join([title, *([pair] if pairs else []), *others])
+        for entry in self._entries():
+            others = [f"{path}={value}" for path, value in entry.point.items() if path != axis.path]
+            label = ", ".join([entry.title, *([entry.pair] if pairs else []), *others])
             places = lines.setdefault(label, [Spread(()) for _ in axis.values])
-            if axis.path in point:
-                places[axis.values.index(point[axis.path])] = figures
+            if axis.path in entry.point:
+                places[axis.values.index(entry.point[axis.path])] = entry.figures
             else:
-                lines[label] = [figures] * len(axis.values)  # a row that the option does not belong to: a level line
+                lines[label] = [entry.figures] * len(axis.values)  # a row that the option does not belong to: a level line
         return axis.path, axis.values, lines

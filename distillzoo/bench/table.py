@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from distillzoo.bench.captions import Results, TeacherInfo, figures_by_seed, pair_caption, table_caption
-from distillzoo.bench.plan import Cell, Plan
+from distillzoo.bench.captions import (
+    Results,
+    TeacherInfo,
+    accuracy_text,
+    baseline_title,
+    ended_by_seed,
+    ended_text,
+    figures_by_seed,
+    pair_caption,
+    table_caption,
+)
+from distillzoo.bench.plan import Plan
 from distillzoo.bench.recipe import Pair
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
 from distillzoo.bench.rows import Row
@@ -28,7 +38,8 @@ class Line:
         against: Difference to the baseline by seed, for the seeds that both have.
         published: Published figures with their source.
         protocols: By source, under which other protocol its figure came about.
-        missing: Why seeds are missing, where that is known.
+        ended: How seeds ended that have a result and no figure, by seed.
+        applies: Whether the method works on the pair.
     """
 
     row: Row
@@ -38,7 +49,18 @@ class Line:
     against: Mapping[int, float]
     published: tuple[tuple[str, float], ...] = ()
     protocols: Mapping[str, str] = field(default_factory=dict)
-    missing: str = ""
+    ended: Mapping[int, str] = field(default_factory=dict)
+    applies: bool = True
+
+    @property
+    def missing(self) -> str:
+        """Why seeds are missing, where that is known."""
+        return ended_text(self.ended, self.asked) if self.applies else NOT_APPLICABLE
+
+    @property
+    def accuracy(self) -> str:
+        """Mean ± standard deviation after the last epoch, and which seeds are not in it because they diverged."""
+        return accuracy_text(self.spreads()[0], self.missing)
 
     def spreads(self) -> tuple[Spread, Spread, Spread]:
         """Return last, best and difference over seeds."""
@@ -101,25 +123,27 @@ class Table:
 
     @property
     def count(self) -> str:
-        """How many cells (rows of pairs) have all their seeds, and how many runs there are; empty for one pair without gaps."""
-        lines = [line for block in self.blocks for line in block.lines if line.missing != NOT_APPLICABLE]
+        """How many cells (rows of pairs) have all or some of their seeds, and how many runs; empty for one pair without gaps."""
+        lines = [line for block in self.blocks for line in block.lines if line.applies]
         done = sum(len(line.last) == line.asked for line in lines)
-        runs, asked = sum(len(line.last) for line in lines), sum(line.asked for line in lines)
         if done == len(lines) and len(self.blocks) == 1:
             return ""
-        return f"{done} of {len(lines)} cells are there ({runs} of {asked} runs)."
+        part = sum(0 < len(line.last) < line.asked for line in lines)
+        ended = sum(len(line.ended) for line in lines)
+        runs, asked = sum(len(line.last) for line in lines), sum(line.asked for line in lines)
+        there = f"{done} of {len(lines)} cells are there{f', {part} in part' if part else ''}"
+        return f"{there} ({runs} of {asked} runs{f'; {ended} diverged' if ended else ''})."
 
     def _cells(self, block: Block) -> tuple[list[str], list[list[str]]]:
         sources = list(dict.fromkeys(label for line in block.lines for label, _ in line.published))
         header = ["method", "last epoch", "best epoch", f"vs {self.baseline}", "n", *(f"published ({label})" for label in sources)]
         lines = []
         for line in block.lines:
-            last, best, against = line.spreads()
-            empty = line.missing or "missing"
+            _, best, against = line.spreads()
             lines.append(
                 [
                     line.row.title,
-                    last.text() if last.n else empty,
+                    line.accuracy,
                     best.text() if best.n else "-",
                     "-" if line.row.name == self.baseline_name else against.text(signed=True),
                     line.count(),
@@ -165,6 +189,7 @@ class Table:
             f"vs_{self.baseline_name}_mean": against.mean,
             f"vs_{self.baseline_name}_sd": against.sd,
             **{f"last_seed_{seed}": value for seed, value in line.last.items()},
+            **{f"last_seed_{seed}": state for seed, state in line.ended.items()},
             **{f"published_{label}": value for label, value in line.published},
             **{f"minus_{label}": last.mean - value for label, value in line.published if last.mean is not None},
         }
@@ -179,8 +204,7 @@ def make_table(plan: Plan, results: Results, teacher_info: TeacherInfo, reasons:
         teacher_info: Name, accuracy and parameters of a teacher, ``None`` if it is not known.
         reasons: Why a run has no result, by run id.
     """
-    baseline = next((row for row in plan.table.rows if row.name == plan.table.baseline), None)
-    title = baseline.title if baseline else plan.table.baseline
+    reasons = reasons or {}
     blocks = []
     for pair in dict.fromkeys(cell.pair for cell in plan.cells):
         cells = [cell for cell in plan.cells if cell.pair == pair]
@@ -199,24 +223,16 @@ def make_table(plan: Plan, results: Results, teacher_info: TeacherInfo, reasons:
                     {seed: value - reference[seed] for seed, value in last.items() if seed in reference},
                     tuple(plan.table.published_figures(row.name, pair)),
                     plan.table.published_protocols(row.name),
-                    _missing(own, results, reasons or {}),
+                    ended_by_seed(own, results),
+                    bool(last) or not any(cell.run.id in reasons for cell in own),
                 )
             )
         info = teacher_info(cells[0].teacher) or {}
         cut = info["accuracy"] if info.get("head") == "slice" else None
         published = plan.table.published_figures("teacher", pair)
-        caption = pair_caption(cells, results, teacher_info, reasons or {}, published)
+        caption = pair_caption(cells, lines, results, teacher_info, reasons, published)
         blocks.append(Block(pair, tuple(lines), caption, cut))
     dataset = plan.recipe.dataset
     heading = plan.table.title if plan.table.name == dataset or plan.table.name.startswith(f"{dataset}_") else dataset
-    return Table(
-        heading, title, plan.table.baseline, tuple(blocks), table_caption(plan, [line for block in blocks for line in block.lines])
-    )
-
-
-def _missing(cells: list[Cell], results: Results, reasons: Mapping[str, str]) -> str:
-    states = [results[cell.run.id].get("status", "") for cell in cells if cell.run.id in results]
-    ended = [state for state in states if state != "done"]
-    if ended:
-        return str(ended[0])
-    return NOT_APPLICABLE if any(cell.run.id in reasons for cell in cells) else ""
+    caption = table_caption(plan, [line for block in blocks for line in block.lines])
+    return Table(heading, baseline_title(plan), plan.table.baseline, tuple(blocks), caption)

@@ -64,7 +64,7 @@ def test_files_and_packed_images_are_two_protocols_in_one_folder(places: Path, c
     packed = call(*arguments(places, tmp_path, "--packed", data="packed"))
     assert packed.code == 0, packed.err
     assert "photos (packed at short side 18: another protocol than image files)" in packed.out
-    assert "data.packed changed" in packed.out
+    assert "recipe with data.packed true, n = " in packed.out
     assert len(list(tmp_path.glob("*/result.json"))) == 4
     both = [json.loads(path.read_text())["identity"]["data"]["name"] for path in tmp_path.glob("*/result.json")]
     assert sorted(both) == ["folder", "folder", "folder_packed", "folder_packed"]

@@ -197,7 +197,9 @@ def test_a_partial_copy_on_request(places: Path, call: Call, tmp_path: Path) -> 
     assert outcome.code == 0, outcome.err
     assert "class list more.txt without 1, 3 classes" in outcome.out
     assert "lacks 1 of the 4 classes of the class list 'more.txt', and goes without: n02123045 (tabby" in outcome.err
-    assert "data.class_list, data.allow_missing_classes changed" in outcome.out
+    assert "with data.class_list more.txt" in outcome.out
+    assert "data.allow_missing_classes true and the teacher of the file " in outcome.out
+    assert str(tmp_path) not in outcome.out.partition("Written")[0], "a folder is nobody's business"
 
 
 @pytest.mark.parametrize(("table", "rows"), [("imagenet100", 7), ("imagenet100_pilot", 3)])

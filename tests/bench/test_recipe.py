@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distillzoo.bench.recipe import Pair, Recipe, apply_override, find_recipe, list_recipes, load_recipe, make_recipe
 from distillzoo.errors import DistillZooError, OptionError, UnknownNameError
-from tests.bench.conftest import TINY
+from tests.bench.conftest import TINY, TINY_YAML
 
 
 def test_types_are_checked_and_converted(tiny: Recipe) -> None:
@@ -83,7 +84,18 @@ def test_dotted_overrides() -> None:
     assert apply_override(recipe, "options.kd.temperature", 2).options == {"kd": {"temperature": 2}}
 
 
-@pytest.mark.parametrize("path", ["student.lrr", "studnt.lr", "student", "student.lr.x", "seeds.x", "changed", "name"])
+def test_a_recipe_from_a_file_keeps_what_the_file_has(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(TINY_YAML + "original: {student: {epochs: 99}}\n")
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    changed = apply_override(apply_override(recipe, "student.epochs", 7), "student.epochs", 9)
+    assert changed.student.epochs == 9
+    assert changed.original["student"]["epochs"] == 3
+    assert changed.original == recipe.original
+
+
+@pytest.mark.parametrize(
+    "path", ["student.lrr", "studnt.lr", "student", "student.lr.x", "seeds.x", "changed", "name", "original.name"]
+)
 def test_unknown_override_paths(path: str, tiny: Recipe) -> None:
     with pytest.raises(DistillZooError):
         apply_override(tiny, path, 1)

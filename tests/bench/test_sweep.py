@@ -92,6 +92,15 @@ def test_wrong_axes(axes: list[str], words: str, tiny_data: Load) -> None:
         plan_of(tiny_data, "kd.temperature=1,2", methods=["vanilla"])
 
 
+def test_a_point_of_which_a_seed_diverged_says_so(tiny_data: Load) -> None:
+    plan, axes = plan_of(tiny_data, "kd.temperature=1,2")
+    gone = {"status": "diverged", "last_accuracy": None}
+    results = {cell.run.id: gone if cell.seed or cell.row.point[0][1] == 2 else {"last_accuracy": 50.0} for cell in plan.cells}
+    lines = SweepView(plan, axes, results).text().splitlines()
+    assert lines[4].endswith("1  50.00 ± - (seed 1 diverged)  1 of 2")
+    assert lines[5].endswith("2       seeds 0 and 1 diverged  0 of 2")
+
+
 def test_the_view_of_fixed_records(tiny_data: Load, tmp_path: Path) -> None:
     plan, axes = plan_of(tiny_data, "kd.temperature=1,2,4")
     accuracy = {1: 50.0, 2: 60.0}
@@ -106,6 +115,7 @@ def test_the_view_of_fixed_records(tiny_data: Load, tmp_path: Path) -> None:
         ["2", "60.50", "±", "0.71", "2"],
         ["4", "missing", "0", "of", "2"],
     ]
+    assert "n = 0 to 2 of 2 seeds" in view.caption
     assert "kd.temperature" in view.csv().splitlines()[0]
     assert "split: test" in view.caption
     path, values, lines = view.series()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from distillzoo.bench.captions import cost_sentence, protocol_note
+from distillzoo.bench.captions import cost_sentence
 from distillzoo.bench.plan import Plan, make_plan
 from distillzoo.bench.plot import fits_log_axis, plot_table
-from distillzoo.bench.recipe import Recipe, apply_override, find_recipe, load_recipe, make_recipe
+from distillzoo.bench.recipe import Recipe, find_recipe, load_recipe, make_recipe
 from distillzoo.bench.render import Spread, as_markdown, as_text
 from distillzoo.bench.rows import load_table
 from distillzoo.bench.table import make_table
@@ -61,12 +61,14 @@ def test_the_caption_says_what_must_be_known(plan: Plan) -> None:
         "synthetic, 24 training and 12 test images",
         "split: test",
         "last epoch",
-        "n = 0 to 3 seeds",
+        "(6,179 parameters); n = 0 to 3 of 3 seeds.",
+        "Differences to KD are paired over seeds",
         "Teacher tinycnn_32 91.25 % (287,843 parameters)",
         "student tinycnn_8 (6,179 parameters)",
         "differences inside the spread mean nothing",
-        "tiny recipe, 3 seeds: not comparable with published figures",
-        "2 of 4 cells are there (8 of 12 runs).",
+        "tiny recipe, n = 0 to 3 of 3 seeds: not comparable with published figures. Students train 3 epochs in batches of 12, "
+        "teachers train 2 epochs in batches of 12.",
+        "2 of 4 cells are there, 1 in part (8 of 12 runs).",
     ):
         assert words in caption
 
@@ -92,14 +94,45 @@ def test_one_seed_has_no_spread_and_ranks_nothing(tiny_data: Load) -> None:
     assert "Teacher tinycnn_32 not made" in table.blocks[0].caption
 
 
-def test_diverged_and_unsupported_rows_say_so(plan: Plan) -> None:
+def test_one_seed_of_three_is_in_part(plan: Plan) -> None:
+    table = make_table(plan, results_of(plan, {row: {0: 70.0} for row in LAST}), lambda _: TEACHER)
+    assert table.count == "0 of 4 cells are there, 4 in part (4 of 12 runs)."
+    assert table.blocks[0].caption.endswith("n = 1 of 3 seeds. One seed ranks nothing.")
+    assert "tiny recipe, n = 1 of 3 seeds: not" in table.caption
+
+
+def test_cell_and_caption_name_the_seeds_that_diverged(plan: Plan) -> None:
     results = results_of(plan, LAST)
+    ids = {(cell.row.name, cell.seed): cell.run.id for cell in plan.cells}
+    gone = {"status": "diverged", "last_accuracy": None, "best_accuracy": 12.0}
+    results |= {ids["kd", 1]: gone, ids["vid", 0]: gone, ids["vid", 2]: gone}
+    table = make_table(plan, results, lambda _: None)
+    lines = table.text().splitlines()
+    assert lines[5].split("  ")[-1] == "2 of 3"
+    assert "KD             73.00 ± 1.41 (seed 1 diverged)" in lines[5]
+    assert "seeds 0 and 2 diverged" in lines[7]
+    assert "KD: seed 1 diverged; VID: seeds 0 and 2 diverged; a mean of the other seeds flatters." in table.blocks[0].caption
+    assert table.count == "1 of 4 cells are there, 2 in part (7 of 12 runs; 3 diverged)."
+    row = {row["row"]: row for row in csv.DictReader(io.StringIO(table.csv()))}["kd"]
+    assert [row[f"last_seed_{seed}"] for seed in (0, 1, 2)] == ["72", "diverged", "74"]
+
+
+def test_a_row_of_one_seed_that_diverged(tiny_data: Load) -> None:
+    plan = make_plan(make_recipe({**TINY, "seeds": [4]}), load_table("digits"), tiny_data)
+    kd = next(cell.run.id for cell in plan.cells if cell.row.name == "kd")
+    table = make_table(plan, {kd: {"status": "diverged", "last_accuracy": None}}, lambda _: None)
+    assert table.text().splitlines()[5].split() == ["KD", "diverged", "-", "-", "0", "of", "1"]
+    assert "KD: diverged" in table.blocks[0].caption
+
+
+def test_unsupported_rows_say_so_and_lack_no_seeds(plan: Plan) -> None:
     vid = [cell.run.id for cell in plan.cells if cell.row.name == "vid"]
-    diverged = {**results, vid[0]: {"status": "diverged", "last_accuracy": None, "best_accuracy": 12.0}}
-    assert "diverged" in make_table(plan, diverged, lambda _: None).text().splitlines()[7]
-    table = make_table(plan, results, lambda _: None, dict.fromkeys(vid, "VID cannot."))
+    last = {**LAST, "at": LAST["kd"]}
+    table = make_table(plan, results_of(plan, last), lambda _: None, dict.fromkeys(vid, "VID cannot."))
     assert "not applicable" in table.text().splitlines()[7]
     assert "Not applicable: VID (VID cannot.)" in table.blocks[0].caption
+    assert "n = 3 seeds." in table.blocks[0].caption
+    assert table.count == ""
 
 
 def test_markdown_and_csv(plan: Plan) -> None:
@@ -111,14 +144,6 @@ def test_markdown_and_csv(plan: Plan) -> None:
     assert [rows["at"][f"last_seed_{seed}"] for seed in (0, 1, 2)] == ["75", "", "73"]
     assert rows["vid"]["n"] == "0"
     assert rows["vid"]["last_mean"] == ""
-
-
-def test_protocol_note() -> None:
-    paper, cpu = (load_recipe(find_recipe(name, "cifar100")) for name in ("paper", "cpu"))
-    assert protocol_note(paper) == "Recipe paper, 3 seeds."
-    changed = protocol_note(apply_override(paper, "student.epochs", 10))
-    assert changed == "paper recipe with student.epochs changed, 3 seeds: not comparable with published figures."
-    assert protocol_note(cpu) == "CPU recipe, 1 seed: not comparable with published figures."
 
 
 def test_published_figures_get_a_column(tiny_data: Load) -> None:
@@ -178,12 +203,10 @@ def test_the_cost_of_the_groups(plan: Plan) -> None:
     assert cost_sentence(cells, results) == "", "records that do not tell"
     assert cost_sentence(cells, costed) == (
         "Training took 1.5 to 3.5 minutes for a group of 4 rows on one teacher pass, 128 images/s for each row, "
-        "on 1 thread of A CPU."
+        "on 1 thread of A CPU; evaluation, checkpoints and epochs that were interrupted come on top."
     )
     gpu = {run_id: {"environment": {**where, "gpu": "A GPU", "group_size": 1}} for run_id in results}
-    assert cost_sentence(cells, gpu).endswith(
-        "1.5 minutes for a group of 1 row on one teacher pass, 128 images/s for each row, on A GPU."
-    )
+    assert "1.5 minutes for a group of 1 row on one teacher pass, 128 images/s for each row, on A GPU;" in cost_sentence(cells, gpu)
 
 
 def test_spread() -> None:
