@@ -86,6 +86,31 @@ class FunctionResidualInPlace(FunctionResidual):
     inplace = True
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: whole images of what a branch adds are dropped, in training mode alone."""
+
+    def __init__(self, rate: float = 0.5, *, scaled: bool = True) -> None:
+        super().__init__()
+        self.kept, self.scale = 1.0 - rate, 1.0 - rate if scaled else 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * (torch.rand(len(x), 1, 1, 1) < self.kept) / self.scale
+
+
+class Dropping(Residual):
+    def __init__(self, cin: int, cout: int, **options) -> None:
+        super().__init__(cin, cout)
+        self.drop = DropPath(**options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.drop(self.bn2(self.conv2(out)))
+        out += self.short(x)
+        return self.act(out)
+
+
 class NormAct(nn.BatchNorm2d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -263,6 +288,32 @@ def test_a_norm_reaches_the_sum_before_the_activation_by_addition_and_not_what_f
     assert not reaches_by_addition(network, DATA, "blocks.0.bn2", "blocks.0")  # rectified
     assert not reaches_by_addition(network, DATA, "blocks.0.conv2", "blocks.0.act:input")  # a fresh norm: almost the identity
     assert not reaches_by_addition(network, DATA, "blocks.0.conv1", "blocks.0.act:input")
+
+
+@pytest.mark.parametrize("options", [{}, {"scaled": False}, {"rate": 0.05}], ids=str)
+def test_what_is_dropped_at_random_is_added_in_eval_mode_alone(options):
+    network, generator = Net(Dropping(6, 8, **options)), torch.get_rng_state()
+    before = copy.deepcopy(network.state_dict())
+    for source, training, expected in (("bn2", False, True), ("bn2", True, False), ("drop", False, True), ("drop", True, True)):
+        source, tap = f"blocks.0.{source}", "blocks.0.act:input"
+        assert reaches_by_addition(network, DATA, source, tap, training=training) is expected
+    assert not reaches_by_addition(network, DATA, "blocks.0.drop", "blocks.0", training=True)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert network.training
+
+
+@pytest.mark.parametrize("earlier", [Residual, Dropping])
+def test_what_is_always_added_is_so_in_training_mode_too_whatever_is_dropped_before(earlier):
+    network = Net(earlier(6, 6), Residual(6, 8))
+    assert reaches_by_addition(network, DATA, "blocks.1.bn2", "blocks.1.act:input", training=True)
+
+
+def test_modules_that_do_nothing_in_eval_mode_hand_on_what_they_take():
+    flow = flow_of(Dropping(6, 6), nn.Sequential(OwnConv(6, 8), nn.Identity(), nn.Dropout(), nn.ReLU()))
+    assert flow.handed_on("blocks.0.bn2") == ["blocks.0.drop"]
+    assert flow.handed_on("blocks.1.0") == ["blocks.1.2", "blocks.1.1"]
+    assert flow.handed_on("blocks.0.conv2") == []
 
 
 def test_gates_and_concatenations_are_no_additions():

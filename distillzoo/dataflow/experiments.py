@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from distillzoo.errors import TapError
 from distillzoo.stages import Probe, split_path
+from distillzoo.streams import Stream, forked_generator
 from distillzoo.taps.recording import ActivationHook, ActivationWatch, InputHook, OutputHook, Recorder
 from distillzoo.types import DataSpec
 
@@ -21,6 +22,8 @@ __all__ = ["LastFunction", "first_tensor", "is_linear_op", "last_function", "rea
 
 _TOLERANCE = 1e-3  # relative, of single-precision sums over a layer's inputs
 _DOUBLE_TOLERANCE = 1e-6  # relative, of what a whole network makes of another order of sums in double precision
+_DRAWS = Stream.named(0, "dataflow", "training")
+_TRIALS = 4  # runs in training mode where something is drawn: one on which nothing is dropped tells little
 _ULPS = 8  # a few additions err by fewer; 1 / sqrt(1 + 1e-5), a fresh norm's slope, by more than forty
 
 
@@ -89,26 +92,34 @@ def same_function(one: nn.Module, other: nn.Module, data: DataSpec) -> bool:
 
 
 @torch.no_grad()
-def reaches_by_addition(module: nn.Module, data: DataSpec, source: str, tap: str) -> bool:
-    """Whether what is added to the output of a module arrives at a tap unchanged, in eval mode.
+def reaches_by_addition(module: nn.Module, data: DataSpec, source: str, tap: str, *, training: bool = False) -> bool:
+    """Whether what is added to the output of a module arrives at a tap unchanged.
 
     Args:
         module: The network.
         data: Size and channels of the images.
         source: Module path of what is moved.
         tap: Tap path of what is watched.
+        training: Whether it is tried in training mode, with draws of our own: blocks may drop there what they add in eval mode.
     """
     probe = Probe(module, data)
-    at_source, before = watch(probe, source, tap)
-    shift = 8.0 * before.abs().max().clamp_min(1.0) * _draw(at_source.shape, before, 0)
-    after = watch(probe, source, tap, shift)[1]
-    if after.shape != shift.shape:
-        return False
-    allowed = _ULPS * torch.finfo(after.dtype).eps * (before.abs().max() + shift.abs().max())
-    return bool((after - before - shift).abs().max() <= allowed)
+    first: Tensor | None = None
+    for draw in range(_TRIALS) if training else (None,):
+        at_source, before = watch(probe, source, tap, draw=draw)
+        if first is not None and torch.equal(first, before):
+            return True  # nothing that is drawn arrives there
+        shift = 8.0 * before.abs().max().clamp_min(1.0) * _draw(at_source.shape, before, 0)
+        after = watch(probe, source, tap, shift, draw=draw)[1]
+        if after.shape != shift.shape:
+            return False
+        allowed = _ULPS * torch.finfo(after.dtype).eps * (before.abs().max() + shift.abs().max())
+        if not bool((after - before - shift).abs().max() <= allowed):
+            return False
+        first = before
+    return True
 
 
-def watch(probe: Probe, source: str, tap: str, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def watch(probe: Probe, source: str, tap: str, shift: Tensor | None = None, *, draw: int | None = None) -> tuple[Tensor, Tensor]:
     """Return what a module returns and what then arrives at a tap.
 
     Args:
@@ -116,6 +127,7 @@ def watch(probe: Probe, source: str, tap: str, shift: Tensor | None = None) -> t
         source: Module path.
         tap: Tap path.
         shift: What is added to the module's output before it goes on.
+        draw: ``None`` runs in eval mode, a number in training mode, with what dropout draws under that number.
     Raises:
         TapError: If no such tensor passes the tap.
     """
@@ -131,7 +143,12 @@ def watch(probe: Probe, source: str, tap: str, shift: Tensor | None = None) -> t
     handles = [probe.module.get_submodule(source).register_forward_hook(move), hook.attach(probe.module.get_submodule(path))]
     recorder.start(len(probe.images))
     try:
-        with probe.evaluating(), ActivationWatch(recorder) if side == "activation" else nullcontext():
+        with ExitStack() as mode:
+            mode.enter_context(probe.evaluating() if draw is None else probe.training())
+            if draw is not None:
+                mode.enter_context(forked_generator(_DRAWS, draw, device=probe.images.device))
+            if side == "activation":
+                mode.enter_context(ActivationWatch(recorder))
             probe.module(probe.images)
         return seen[-1], recorder.values[tap]
     finally:

@@ -119,6 +119,12 @@ class Flow:
         reads = (call for call in self.calls if call.source is op.node and call.start > op.end)
         return next((call.path for call in reads if isinstance(call.module._buffers.get("running_mean"), Tensor)), None)
 
+    def handed_on(self, path: str) -> list[str]:
+        """Return the paths of the modules that return in eval mode just what a module before them returned, the last one first."""
+        made = self._last(path)
+        later = (call for call in reversed(self.calls) if call.end > made.end and call.node is made.node)
+        return [call.path for call in later if made.node is not None and len(self.calls_of(call.path)) == 1]
+
     def before_activation(self, stage: Stage) -> str:
         """Return the tap path of a stage before its activation; the stage's own where it ends without one."""
         if stage.pre is not None:

@@ -55,19 +55,35 @@ def tap_before_activation(net: Tapped, flow: Flow, name: str) -> str:
     return net.add_taps({f"{name}.before_activation": path}, stage.layout)[0]
 
 
-def tap_reached_by_addition(net: Tapped, flow: Flow, name: str, op: str) -> str | None:
-    """Return the name of the tap of a stage that a module's output reaches through additions alone, or None.
+def tap_reached_by_addition(net: Tapped, flow: Flow, name: str, op: str) -> tuple[str | None, str | None]:
+    """Return the name of the tap of a stage that a module's output reaches through additions alone, and that of what is added.
+
+    In training mode a block may drop at random what it adds in eval mode. Where a module does so, what it returns is what is added.
 
     Args:
         net: The network, restructured or not.
         flow: A dry run of it as it was.
         name: Name of the stage; it is tried before its activation, then at its output.
         op: Path of the module.
+    Returns:
+        The tap, None where there is none; and a tap of what arrives there, None where that is the module's output itself.
     """
     stage = _stage(net, name)
-    if reaches_by_addition(net.module, net.data, op, flow.before_activation(stage)):
-        return tap_before_activation(net, flow, name)
-    return name if reaches_by_addition(net.module, net.data, op, stage.path) else None
+    before = flow.before_activation(stage)
+    path = next((each for each in (before, stage.path) if reaches_by_addition(net.module, net.data, op, each)), None)
+    added = None if path is None else _added(net, op, path)
+    if added is None:
+        return None, None
+    tap = tap_before_activation(net, flow, name) if path == before else name
+    return tap, None if added == op else net.add_taps({f"{name}.added": added})[0]
+
+
+def _added(net: Tapped, op: str, path: str) -> str | None:
+    """The module whose output arrives at a tap by addition in training mode too: the op, or one that hands its output on."""
+    if reaches_by_addition(net.module, net.data, op, path, training=True):
+        return op
+    later = Flow(net.module, net.data).handed_on(op)
+    return next((each for each in later if reaches_by_addition(net.module, net.data, each, path, training=True)), None)
 
 
 def path_after(net: Tapped, flow: Flow, name: str, size: Sequence[int]) -> RemainingPath:

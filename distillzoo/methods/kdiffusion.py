@@ -67,12 +67,17 @@ def progressive_loss(branches: Tensor, target: Tensor, noise: Tensor, chain: Ten
 
 @dataclass(frozen=True)
 class _Layer:
-    """One pair of stages: the student's name and the taps that are read, ``rest`` None where the op is read alone."""
+    """One pair of stages: the student's name and the taps that are read.
+
+    ``total`` is the sum that the mean is part of, None where the op is read alone; ``added`` is what arrives of the mean in that
+    sum, None where that is the mean itself: a block may drop it at random.
+    """
 
     stage: str
     branches: tuple[str, ...]
     mean: str
-    rest: str | None
+    total: str | None
+    added: str | None
     target: str
 
 
@@ -157,7 +162,7 @@ class KDiffusion(Distiller):
             self.override_weights(weights)
         pairs = self._choose(layers)
         self.layers = self._restructure(pairs, frozen := dataflow.Flow(self._teacher().module, self._teacher().data))
-        taps = (tap for layer in self.layers for tap in (*layer.branches, layer.mean, layer.rest) if tap is not None)
+        taps = (tap for layer in self.layers for tap in (*layer.branches, layer.mean, layer.total, layer.added) if tap)
         self.requires = Requires(tuple(taps), tuple(layer.target for layer in self.layers))
         shapes = {layer.stage: (student.shapes[layer.mean], self._teacher().shapes[layer.target]) for layer in self.layers}
         self.bridges = nn.ModuleDict({name: Bridge(own[0], wanted[0], count) for name, (own, wanted) in shapes.items()})
@@ -182,7 +187,7 @@ class KDiffusion(Distiller):
 
     def _restructure(self, pairs: Mapping[str, str], frozen: dataflow.Flow) -> tuple[_Layer, ...]:
         """Put the branches into the student, and find where they and the teacher are read."""
-        net, teacher = self.student_net, self._teacher()
+        net = self.student_net
         flow = dataflow.Flow(net.module, net.data)
         sites = dataflow.linear_sites(net, flow, pairs)
         for op, norm in sites.values():
@@ -193,8 +198,8 @@ class KDiffusion(Distiller):
         self._sites = dict(sites.values())
         if not _folds_back(net.module, self._sites, net.data):
             raise UnsupportedPairError(
-                f"Branches at {', '.join(self._sites)} of {type(net.module).__name__} do not fold back: an op runs twice, or its "
-                "output is read elsewhere too. Name another op by hand: taps={'student': [Stage(path=..., linear=...)]}."
+                f"Branches at {', '.join(self._sites)} of {type(net.module).__name__} do not fold back: an op's output is read "
+                "elsewhere too, or its norm serves another. Name an op by hand: taps={'student': [Stage(path=..., linear=...)]}."
             )
         paths = {name: [f"{op}.branches.{i}" for i in range(self.branches)] for name, (op, _) in sites.items()}
         taps = {f"{name}.branch{i}": path for name, each in paths.items() for i, path in enumerate(each, 1)}
@@ -204,8 +209,8 @@ class KDiffusion(Distiller):
                 name,
                 tuple(f"{name}.branch{i + 1}" for i in range(self.branches)),
                 f"{name}.mean",
-                dataflow.tap_reached_by_addition(net, flow, name, op),
-                dataflow.tap_before_activation(teacher, frozen, pairs[name]),
+                *dataflow.tap_reached_by_addition(net, flow, name, op),
+                dataflow.tap_before_activation(self._teacher(), frozen, pairs[name]),
             )
             for name, (op, _) in sites.items()
         )
@@ -223,9 +228,11 @@ class KDiffusion(Distiller):
     def _layer_terms(self, layer: _Layer, features: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
         bridge, branches, mean = self.bridges[layer.stage], [features[name] for name in layer.branches], features[layer.mean]
         assert isinstance(bridge, Bridge)
-        if layer.rest is not None:  # where the stage is a sum, a branch alone would make it the sum with that branch as the mean
-            added, mean = features[layer.rest] - mean, features[layer.rest]
-            branches = [branch + added for branch in branches]
+        if layer.total is not None:  # where the stage is a sum, a branch alone would make it the sum with that branch as the mean
+            total = features[layer.total]
+            others = total - (mean if layer.added is None else features[layer.added])
+            branches = [branch + others for branch in branches]
+            mean = total if layer.added is None else mean + others  # what is dropped at random counts: a branch is read as it is
         mean, target = pool_larger(mean, target)
         predicted: Tensor | None = None  # what the guide looks at
         if self.objective == "average":

@@ -566,12 +566,64 @@ def test_blocks_that_end_with_a_function_are_read_as_those_that_end_with_a_modul
     networks = [with_functions("resnet8"), with_functions("resnet20")]
     taps = {"student": groups, "teacher": groups}
     functional = build_distiller("kdiffusion", *networks, input_size=32, seed=0, taps=taps, **options)
-    assert [functional.student_net.path(layer.rest) for layer in functional.layers][-1] == "layer3:activation"
+    assert [functional.student_net.path(layer.total) for layer in functional.layers][-1] == "layer3:activation"
     images = batch()
     torch.testing.assert_close(functional(*images).terms, build(**options)(*images).terms)
     train(functional, 3).eval()
     exported = functional.export_student().eval()
     torch.testing.assert_close(exported(images[0]), functional.predict(images[0]), rtol=1e-4, atol=1e-4)
+
+
+class DropPath(nn.Module):
+    def forward(self, x):
+        return x * (torch.rand(len(x), 1, 1, 1) < 0.5) * 2.0 if self.training else x
+
+
+class DroppingBlock(BasicBlock):
+    """A residual block with stochastic depth, by a module or by a function."""
+
+    def forward(self, x):
+        inner = self.relu1(self.bn1(self.conv1(x)))
+        dropped = self.drop(self.bn2(self.conv2(inner)))
+        if self.drop_by_function and self.training:
+            dropped = dropped * (torch.rand(len(x), 1, 1, 1) < 0.5) * 2.0
+        dropped += self.downsample(x)
+        return self.relu2(dropped)
+
+
+def dropping(*, by_function=False):
+    network = create_model("resnet8", num_classes=5)
+    for block in (module for module in network.modules() if isinstance(module, BasicBlock)):
+        block.__class__ = DroppingBlock
+        block.drop, block.drop_by_function = nn.Identity() if by_function else DropPath(), by_function
+    return network
+
+
+@pytest.mark.parametrize("by_function", [False, True], ids=["module", "function"])
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "eval"])
+def test_with_stochastic_depth_a_branch_is_read_as_it_is(by_function, mode):
+    distiller = build(dropping(by_function=by_function), layers="all", guide=True).train(mode)
+    block = distiller.student.layer3[0]
+    outputs, images = {}, batch(count=12)
+    for name in ("downsample", "conv2", *(f"conv2.branches.{i}" for i in range(4))):
+        block.get_submodule(name).register_forward_hook(lambda m, a, output, name=name: outputs.update({name: output.clone()}))
+    means = []
+    distiller.bridges["stage3"].mean = lambda mean: means.append(mean) or Bridge.mean(distiller.bridges["stage3"], mean)
+    features = bridged_inputs(distiller, "stage3", images)
+    shortcut = 0.0 if by_function else outputs["downsample"]  # where no module drops, the op is read alone, in eval mode as well
+    for i, feature in enumerate(features):
+        torch.testing.assert_close(feature, outputs[f"conv2.branches.{i}"] + shortcut)
+    torch.testing.assert_close(means[0], outputs["conv2"] + shortcut)
+    exported = distiller.eval().export_student()
+    torch.testing.assert_close(exported(images[0]), distiller.predict(images[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_trying_what_is_dropped_draws_nothing_from_the_users_generator():
+    torch.manual_seed(1)
+    networks = dropping(), create_model("resnet20", num_classes=5)
+    before = torch.get_rng_state()
+    build_distiller("kdiffusion", *networks, input_size=32, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

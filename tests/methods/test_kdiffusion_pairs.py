@@ -130,7 +130,7 @@ def distiller_branches(distiller, images):
     """What the branches of the last stage are before they are pooled: the stage's sum with one of them in the mean's place."""
     features = distiller.student_net(images[0]).features
     (layer,) = distiller.layers
-    return [features[name] + features[layer.rest] - features[layer.mean] for name in layer.branches]
+    return [features[name] + features[layer.total] - features[layer.mean] for name in layer.branches]
 
 
 @pytest.mark.parametrize(("name", "op"), [(TOKENS[0], "layers.2.downsample.reduction"), (TOKENS[1], "blocks.6.attn.qkv")])
