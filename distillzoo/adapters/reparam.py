@@ -14,9 +14,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from distillzoo.errors import OptionError
+from distillzoo.errors import OptionError, UnsupportedPairError
 
-__all__ = ["AfterNorm", "Branched", "expand", "fold", "fold_network", "is_batch_norm"]
+__all__ = ["AfterNorm", "Branched", "check_not_tied", "expand", "fold", "fold_network", "is_batch_norm"]
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -27,9 +27,11 @@ def is_batch_norm(module: nn.Module) -> bool:
 class Branched(nn.Module):
     """The mean of parallel copies of a linear op, each with a batch norm of its own where one follows.
 
-    Branch 1 keeps the given weights and statistics. The others start afresh by the layer's own ``reset_parameters``, their
-    weights scaled to the spread of the given ones, so that they follow the network's way of initialising. They stay separate
-    layers, which taps can read one by one; one stacked layer would be slower on a CPU, whose caches it leaves.
+    Branch 1 keeps the given weights and statistics. The others start afresh by the layer's own ``reset_parameters`` and follow
+    the network's way of initialising: their weights are scaled to the spread of the given ones, and their norm's scale and shift
+    start where the given ones stand if those are all alike, as where a network starts a block's last norm at zero; ones that
+    differ have been trained, and start anew at one and zero. They stay separate layers, which taps can read one by one; one
+    stacked layer would be slower on a CPU, whose caches it leaves.
 
     Args:
         op: Convolution or linear layer.
@@ -121,6 +123,27 @@ class AfterNorm(nn.Module):
         return x
 
 
+def check_not_tied(network: nn.Module, sites: Mapping[str, str | None]) -> None:
+    """Refuse ops and norms that share a tensor with another layer: branches would part what is one.
+
+    Args:
+        network: The network, not yet expanded.
+        sites: Module path of every op that is to be expanded with the path of its norm, or None.
+    Raises:
+        UnsupportedPairError: If one does.
+    """
+    layers = [f"{path}." for site in sites.items() for path in site if path is not None]
+    tensors = (*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False))
+    names: dict[int, str] = {}
+    for name, tensor in tensors:
+        other = names.setdefault(id(tensor), name)
+        if other != name and any(each.startswith(layer) for each in (name, other) for layer in layers):
+            raise UnsupportedPairError(
+                f"{other} and {name} of {type(network).__name__} are one tensor, which branches would part; branch another layer "
+                "with layers=, name another op by hand: taps={'student': [Stage(path=..., linear=...)]}, or use kd."
+            )
+
+
 def expand(op: nn.Module, norm: nn.Module | None, branches: int) -> tuple[Branched, nn.Module | None]:
     """Make the branches of an op and the norm that follows it.
 
@@ -208,9 +231,13 @@ def _afresh(layer: nn.Module) -> nn.Module:
         return fresh
     reset()
     own, drawn = _spread(layer), _spread(fresh)
-    if own is not None and drawn is not None:
-        with torch.no_grad():
+    with torch.no_grad():
+        if own is not None and drawn is not None:
             _tensor(fresh, "weight").mul_(own / drawn)
+        if is_batch_norm(layer):
+            for name, value in layer.named_parameters(recurse=False):
+                if bool((value == value[0]).all()):
+                    _tensor(fresh, name).copy_(value)
     return fresh
 
 

@@ -15,7 +15,7 @@ from distillzoo import dataflow
 from distillzoo.adapters.bridge import Bridge
 from distillzoo.adapters.connectors import pool_larger
 from distillzoo.adapters.dual_network import scrambled
-from distillzoo.adapters.reparam import expand, fold_network
+from distillzoo.adapters.reparam import check_not_tied, expand, fold_network
 from distillzoo.adapters.reverse import AmplitudeSchedule, Noise, Start, diffusion_amplitudes, draw_noise, reverse_chain
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError
@@ -190,12 +190,13 @@ class KDiffusion(Distiller):
         net = self.student_net
         flow = dataflow.Flow(net.module, net.data)
         sites = dataflow.linear_sites(net, flow, pairs)
+        self._sites = dict(sites.values())
+        check_not_tied(net.module, self._sites)
         for op, norm in sites.values():
             branched, rest = expand(net.submodule(op), None if norm is None else net.submodule(norm), self.branches)
             net.replace(op, branched)
             if norm is not None and rest is not None:
                 net.replace(norm, rest)
-        self._sites = dict(sites.values())
         if not _folds_back(net.module, self._sites, net.data):
             raise UnsupportedPairError(
                 f"Branches at {', '.join(self._sites)} of {type(net.module).__name__} do not fold back: an op's output is read "

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distillzoo.adapters.reparam import AfterNorm, Branched, expand, fold, fold_network
-from distillzoo.errors import OptionError
+from distillzoo.adapters.reparam import AfterNorm, Branched, check_not_tied, expand, fold, fold_network
+from distillzoo.errors import OptionError, UnsupportedPairError
 
 OPS = {
     "conv": lambda: (nn.Conv2d(6, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)),
@@ -93,15 +93,30 @@ def test_the_first_branch_keeps_the_weights_and_the_others_start_afresh_in_their
     op, norm = nn.Conv2d(16, 32, 3, groups=2), nn.BatchNorm2d(32)
     with torch.no_grad():
         op.weight.mul_(7.0)
-        norm.weight.fill_(0.0)
+        norm.weight.uniform_(2.0, 3.0)
+        norm.bias.uniform_(2.0, 3.0)
+        norm.running_var.fill_(5.0)
     branched = Branched(op, norm, M)
     apart = branched.branches
     assert torch.equal(apart[0][0].weight, op.weight)
-    assert not apart[0][1].weight.any()
+    for name, tensor in norm.state_dict().items():
+        assert torch.equal(apart[0][1].state_dict()[name], tensor)
     for i in range(1, M):
         assert not torch.equal(apart[i][0].weight, apart[i - 1][0].weight)
         torch.testing.assert_close(apart[i][0].weight.std(), op.weight.std())
-        assert torch.equal(apart[i][1].weight, torch.ones(32))
+        for name, tensor in nn.BatchNorm2d(32).state_dict().items():
+            assert torch.equal(apart[i][1].state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.2, 1.0])
+def test_a_norm_that_the_network_starts_elsewhere_starts_there_in_every_branch(scale):
+    norm = nn.BatchNorm2d(8)
+    nn.init.constant_(norm.weight, scale)
+    nn.init.constant_(norm.bias, -3.0)
+    for branch in Branched(nn.Conv2d(3, 8, 1), norm, M).branches:
+        assert torch.equal(branch.norm.weight, torch.full((8,), scale))
+        assert torch.equal(branch.norm.bias, torch.full((8,), -3.0))
+        assert branch.norm.weight.requires_grad
 
 
 def test_weights_that_are_all_zero_stay_so_in_the_first_branch_only():
@@ -175,6 +190,29 @@ def test_a_linear_layer_reads_tokens_and_channels_last_maps():
     tokens = torch.randn(2, 5, 5, 6)
     weight, bias = (torch.stack([getattr(branch.op, name) for branch in branched.branches]).mean(0) for name in ("weight", "bias"))
     torch.testing.assert_close(branched(tokens), F.linear(tokens, weight, bias))
+
+
+def test_layers_that_share_no_tensor_with_others_are_taken():
+    network = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1))
+    network[3].weight = network[2].weight
+    check_not_tied(network, {"0": "1"})  # what is tied elsewhere stays so
+
+
+@pytest.mark.parametrize(
+    ("tie", "names"),
+    [
+        (lambda net: setattr(net[2], "weight", net[0].weight), r"0\.weight and 2\.weight"),
+        (lambda net: net.add_module("3", net[0]), r"0\.weight and 3\.weight"),
+        (lambda net: net.add_module("3", net[1]), r"1\.weight and 3\.weight"),
+        (lambda net: setattr(net[3], "running_var", net[1].running_var), r"1\.running_var and 3\.running_var"),
+    ],
+    ids=["parameter", "op", "norm", "statistics"],
+)
+def test_layers_that_share_a_tensor_with_others_are_refused(tie, names):
+    network = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+    tie(network)
+    with pytest.raises(UnsupportedPairError, match=names + r" of Sequential are one tensor.*layers=.*taps="):
+        check_not_tied(network, {"0": "1"})
 
 
 @pytest.mark.parametrize("branches", [0, -1, 2.0, True])

@@ -716,6 +716,27 @@ def test_a_norm_that_normalises_another_op_as_well_is_refused():
         build_distiller("kdiffusion", student, TinyTeacher(), data=tiny_data(), taps=taps)
 
 
+def test_an_op_that_shares_its_weight_with_another_is_refused_and_the_student_left_as_it_was():
+    student = TinyNet((6, 6, 6))
+    student.groups[2][0].conv.weight = student.groups[0][0].conv.weight
+    with pytest.raises(UnsupportedPairError, match=r"groups\.0\.0\.conv\.weight and groups\.2\.0\.conv\.weight of TinyNet are one"):
+        build_distiller("kdiffusion", student, TinyTeacher(), data=tiny_data())
+    assert not any(isinstance(module, Branched) for module in student.modules())
+    distiller = build_distiller("kdiffusion", student, TinyTeacher(), data=tiny_data(), layers="middle")
+    exported = distiller.export_student()
+    assert exported.groups[2][0].conv.weight is exported.groups[0][0].conv.weight
+
+
+def test_blocks_that_start_as_nothing_do_so_with_branches():
+    student = create_model("resnet8", num_classes=5)
+    nn.init.zeros_(student.layer3[0].bn2.weight)
+    plain = copy.deepcopy(student)
+    distiller, images = build(student, guide=True), batch()
+    torch.testing.assert_close(distiller.train()(*images).logits, plain.train()(images[0]))
+    train(distiller, 2)
+    assert all(branch.norm.weight.any() for branch in distiller.student.layer3[0].conv2.branches)
+
+
 def test_a_student_whose_forward_casts_to_single_precision_folds_as_well():
     class Casts(TinyNet):
         def forward(self, images):
