@@ -75,10 +75,12 @@ class Record:
     Args:
         path: The folder; its name is the id.
         result_name: The file that says the run is finished.
+        teacher: Digest of the weights that teach it; a checkpoint under another teacher is none of this run.
     """
 
-    def __init__(self, path: Path, result_name: str = "result.json") -> None:
+    def __init__(self, path: Path, result_name: str = "result.json", teacher: str | None = None) -> None:
         self.path = path
+        self.teacher = teacher
         self.result_path = path / result_name
 
     @property
@@ -110,13 +112,13 @@ class Record:
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Write ``last.pt``."""
         with atomic(self.path / "last.pt") as handle:
-            torch.save({"id": self.id, "state": dict(state)}, handle)
+            torch.save({"id": self.id, "teacher": self.teacher, "state": dict(state)}, handle)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Return the state in ``last.pt``, ``None`` where there is none.
 
         Raises:
-            RecordError: If the file is truncated, damaged or of another run.
+            RecordError: If the file is truncated, damaged, of another run or of a student of another teacher.
         """
         self._check_folder()
         path = self.path / "last.pt"
@@ -128,6 +130,8 @@ class Record:
             raise RecordError(f"last.pt cannot be read ({type(error).__name__})") from error
         if not isinstance(found, dict) or found.get("id") != self.id or not isinstance(found.get("state"), dict):
             raise RecordError("last.pt belongs to another run")
+        if self.teacher is not None and found.get("teacher") not in (None, self.teacher):
+            raise RecordError(f"last.pt was taught by another teacher (sha256 {str(found['teacher'])[:8]}, not {self.teacher[:8]})")
         state: dict[str, Any] = found["state"]
         return state
 
@@ -208,9 +212,14 @@ class RecordStore:
                 f"The output folder {str(self.root)!r} cannot be written to ({error.strerror}); name another with --output."
             ) from error
 
-    def record(self, run_id: str) -> Record:
-        """Return the record of a run, whether it exists or not."""
-        return Record(self.root / run_id)
+    def record(self, run_id: str, teacher: str | None = None) -> Record:
+        """Return the record of a run, whether it exists or not.
+
+        Args:
+            run_id: Id of the run.
+            teacher: Digest of the weights that teach it, where it is about to train.
+        """
+        return Record(self.root / run_id, teacher=teacher)
 
     def teacher(self, teacher_id: str) -> Record:
         """Return the record of a teacher, whether it exists or not."""

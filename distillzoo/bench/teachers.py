@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,9 @@ class StoredTeacher:
         path: File of its weights.
         accuracy: Top-1 of the stored weights on the evaluation images, per cent.
         parameters: Number of its parameters.
+        sha256: Digest of the file of its weights: two trainings under one id are two teachers.
         sliced: Whether its head was cut out of a larger one.
+        differs_from: Digest of the teacher of this id that the project keeps, where this is another one.
     """
 
     id: str
@@ -49,16 +51,34 @@ class StoredTeacher:
     path: Path
     accuracy: float
     parameters: int
+    sha256: str
     sliced: bool = False
+    differs_from: str | None = None
+
+    @classmethod
+    def from_manifest(cls, record: Record, manifest: Mapping[str, Any]) -> StoredTeacher:
+        """Return the teacher that a manifest tells of, whether its weights are there or not.
+
+        Args:
+            record: The teacher's folder.
+            manifest: What stands in its manifest.
+        """
+        sliced = manifest["identity"].get("head") == "slice"
+        accuracy, parameters, sha256 = (manifest[key] for key in ("accuracy", "parameters", "sha256"))
+        return cls(record.id, manifest["network"], record.path / _WEIGHTS, accuracy, parameters, sha256, sliced)
 
     def describe(self) -> dict[str, Any]:
         """Return what a student's record says of its teacher."""
-        sliced = {"head": "slice"} if self.sliced else {}
-        return {"id": self.id, "name": self.name, "accuracy": self.accuracy, "parameters": self.parameters, **sliced}
+        figures = {"id": self.id, "name": self.name, "accuracy": self.accuracy, "parameters": self.parameters}
+        differs = {} if self.differs_from is None else {"differs_from": self.differs_from}
+        return {**figures, "sha256": self.sha256, **differs, **({"head": "slice"} if self.sliced else {})}
 
 
 class TeacherStore:
     """Teachers in the output folder, and in folders that are only read (those committed with the project).
+
+    Of a committed teacher the weights may be left out, where they are large: then its digest alone is kept, it is trained again
+    where it is needed, and whether it came out the same is said and recorded.
 
     Args:
         store: The records of the output folder.
@@ -69,39 +89,75 @@ class TeacherStore:
         self.store = store
         self.committed = tuple(committed)
         self._found: dict[str, StoredTeacher] = {}
+        self._kept: dict[str, StoredTeacher] = {}  # what committed manifests tell, with weights or without
+        self._damaged: set[Path] = set()
 
     def find(self, job: TeacherJob) -> StoredTeacher | None:
         """Return a teacher that is there and undamaged, ``None`` otherwise; a damaged one is set aside."""
         if job.id in self._found:
             return self._found[job.id]
-        for root in self.committed:
-            record = Record(root / job.id, "manifest.json")
+        found = self._committed(job)
+        if found is None:
+            record = self.store.teacher(job.id)
             try:
-                found = self._read(record, record.read_result())
+                found = self._read(record, self.store.result(record))
             except RecordError as error:
-                self.store.say(f"The teacher in {record.path} is damaged ({error}) and is not used.")
-                continue
-            if found is not None:
-                return self._found.setdefault(job.id, found)
-        record = self.store.teacher(job.id)
-        try:
-            found = self._read(record, self.store.result(record))
-        except RecordError as error:
-            self.store.quarantine(record, str(error))
+                self.store.quarantine(record, str(error))
+        if found is None:
             return None
-        return found if found is None else self._found.setdefault(job.id, found)
+        return self._found.setdefault(job.id, self._compared(found))
+
+    def _committed(self, job: TeacherJob) -> StoredTeacher | None:
+        for record in (Record(root / job.id, "manifest.json") for root in self.committed):
+            if record.path in self._damaged:
+                continue
+            try:
+                manifest = record.read_result()
+                if manifest is not None:
+                    self._kept.setdefault(job.id, StoredTeacher.from_manifest(record, manifest))
+                if (record.path / _WEIGHTS).is_file():
+                    return self._read(record, manifest)
+            except RecordError as error:
+                self._damaged.add(record.path)
+                self.store.say(f"The teacher in {record.path} is damaged ({error}) and is not used.")
+        return None
+
+    def _compared(self, found: StoredTeacher) -> StoredTeacher:
+        """Note and say that a teacher is not the one whose digest is kept."""
+        kept = self._kept.get(found.id)
+        if kept is None or kept.sha256 == found.sha256:
+            return found
+        if not self.store.readonly:
+            self.store.say(
+                f"The teacher {found.name} in {found.path.parent} is another one than that of {kept.path.parent}, though trained "
+                f"in the same way (sha256 {found.sha256[:8]}, not {kept.sha256[:8]}): rows that the two taught are not paired."
+            )
+        return replace(found, differs_from=kept.sha256)
 
     @staticmethod
     def _read(record: Record, manifest: dict[str, Any] | None) -> StoredTeacher | None:
         if manifest is None:
             return None
-        path = record.path / _WEIGHTS
-        if not path.is_file():
+        found = StoredTeacher.from_manifest(record, manifest)
+        if not found.path.is_file():
             raise RecordError(f"{_WEIGHTS} is missing")
-        if file_sha256(path) != manifest["sha256"]:
+        if file_sha256(found.path) != found.sha256:
             raise RecordError(f"{_WEIGHTS} is not the file that was written")
-        sliced = manifest["identity"].get("head") == "slice"
-        return StoredTeacher(record.id, manifest["network"], path, manifest["accuracy"], manifest["parameters"], sliced)
+        return found
+
+    def describe(self, job: TeacherJob, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """Return what is known of a teacher: what the records of its students say, else the stored one, else a kept manifest.
+
+        Args:
+            job: The teacher.
+            results: Results by run id.
+        """
+        told = (result.get("teacher") for result in results.values())
+        taught: Mapping[str, Any] | None = next((teacher for teacher in told if teacher and teacher["id"] == job.id), None)
+        if taught is not None:
+            return taught
+        found = self.find(job) or self._kept.get(job.id)
+        return None if found is None else found.describe()
 
     def load(self, job: TeacherJob) -> nn.Module:
         """Return the stored teacher's network."""
@@ -161,6 +217,11 @@ class TeacherStore:
             progress: Told of every step.
         """
         record = self.store.teacher(job.id)
+        if job.id in self._kept:
+            self.store.say(
+                f"Of the teacher {job.name} only the digest is kept ({self._kept[job.id].path.parent}), not the weights: "
+                "it is made again."
+            )
         if job.imported:
             record.begin({"method": "imported", **job.identity}, describe_environment(device))
             self._finish(job, record, self._imported(job), device, {}, "float32")

@@ -40,7 +40,7 @@ def test_what_is_on_disk(finished: Path) -> None:
     kd = json.loads((found["kd", 0] / "result.json").read_text())
     assert vanilla["teacher"] is None
     (manifest,) = (json.loads(path.read_text()) for path in finished.glob("teachers/*/manifest.json"))
-    assert kd["teacher"] == {key: manifest[key] for key in ("id", "accuracy", "parameters")} | {"name": "tinycnn_32"}
+    assert kd["teacher"] == {key: manifest[key] for key in ("id", "accuracy", "parameters", "sha256")} | {"name": "tinycnn_32"}
     assert {path.suffix for path in finished.iterdir() if path.is_file()} == {".md", ".csv", ".png"}
 
 

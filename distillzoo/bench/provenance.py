@@ -1,0 +1,49 @@
+"""Whose students the rows of a table are: one id is one recipe of a teacher, and each training of it is another teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distillzoo.bench.plan import Cell
+
+__all__ = ["teachers_sentence"]
+
+
+def teachers_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say which rows were taught by which teacher, where records name several trainings of one; empty if they do not.
+
+    Records from before digests were written name none; nothing is said of them.
+
+    Args:
+        cells: Cells that are compared.
+        results: Results by run id.
+    """
+    students = [cell for cell in cells if results.get(cell.run.id, {}).get("teacher")]
+    taught: dict[str, dict[str, list[Cell]]] = {}
+    known: dict[str, Mapping[str, Any]] = {}
+    for cell in students:
+        teacher = results[cell.run.id]["teacher"]
+        if "sha256" in teacher:
+            known[teacher["sha256"]] = teacher
+            taught.setdefault(teacher["id"], {}).setdefault(teacher["sha256"], []).append(cell)
+    said = []
+    for several in (by_digest for by_digest in taught.values() if len(by_digest) > 1):
+        parts = [
+            f"{known[digest]['accuracy']:.2f} % (sha256 {digest[:8]}) taught {_named(own, students)}"
+            for digest, own in several.items()
+        ]
+        name = known[next(iter(several))]["name"]
+        said.append(f"The teacher {name} was trained {len(several)} times, and students of different ones are not paired: ")
+        said[-1] += f"{'; '.join(parts)}."
+    return " ".join(said)
+
+
+def _named(own: Sequence[Cell], students: Sequence[Cell]) -> str:
+    """Name rows, with their seeds unless they are all the seeds of the row."""
+    parts = []
+    for label in dict.fromkeys(cell.row.label for cell in own):
+        seeds, everyone = ([cell.seed for cell in cells if cell.row.label == label] for cells in (own, students))
+        listed = f" seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))}"
+        parts.append(label if len(seeds) == len(everyone) else f"{label}{listed}")
+    return ", ".join(parts)
