@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from distillzoo.bench.teachers import TeacherStore
 from distillzoo.bench.yamls import read_yaml
 from distillzoo.errors import OptionError
 
-__all__ = ["Deviation", "Order", "deviations", "orders", "read_explanations", "recorded_table"]
+__all__ = ["Comparison", "Deviation", "Order", "comparisons", "deviations", "orders", "read_explanations", "recorded_table"]
 
 _NEAR = 0.5  # points; what two runs of one protocol on other machines may differ by
 
@@ -47,9 +48,7 @@ def recorded_table(recipe: Recipe, folder: Path, teachers: Sequence[Path], say: 
     stored = TeacherStore(store, teachers)
 
     def teacher_info(job: TeacherJob) -> Mapping[str, Any] | None:
-        found = stored.find(job)
-        known = (result.get("teacher") for result in results.values())
-        return found.describe() if found else next((each for each in known if each and each["id"] == job.id), None)
+        return stored.describe(job, results)
 
     return plan, make_table(plan, results, teacher_info)
 
@@ -103,29 +102,55 @@ def deviations(table: Table) -> list[Deviation]:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Two rows of a pair, seed by seed.
+
+    Args:
+        block: The pair.
+        row: The row.
+        other: The row that it is compared with.
+    """
+
+    block: Block
+    row: Line
+    other: Line
+
+    @property
+    def differences(self) -> Spread:
+        """The row less the other one, for the seeds that both have."""
+        return spread([value - self.other.last[seed] for seed, value in self.row.last.items() if seed in self.other.last])
+
+    @property
+    def doubt(self) -> str:
+        """Why the sign of the mean says little: ``"one seed"``, ``"inside the spread"`` (two standard errors), or nothing."""
+        found = self.differences
+        if found.mean is None or found.sd is None:
+            return "one seed" if found.n else ""
+        return "inside the spread" if abs(found.mean) <= 2 * found.sd / math.sqrt(found.n) else ""
+
+    def text(self) -> str:
+        """Write the differences, how many they are, and the doubt."""
+        found = self.differences
+        parts = [found.text(signed=True), f"n = {found.n}", self.doubt]
+        return ", ".join(part for part in parts if part) if found.n else "not there yet"
+
+
+@dataclass(frozen=True)
 class Order:
     """One row that is expected above another on a pair.
 
     Args:
-        block: The pair.
-        below: The row that is expected below.
-        above: The row that is expected above.
+        comparison: The row that is expected above, with the one that is expected below.
     """
 
-    block: Block
-    below: Line
-    above: Line
-
-    @property
-    def differences(self) -> Spread:
-        """Above less below, seed by seed, for the seeds that both have."""
-        return spread([value - self.below.last[seed] for seed, value in self.above.last.items() if seed in self.below.last])
+    comparison: Comparison
 
     @property
     def verdict(self) -> str:
-        """``"met"``, ``"not met"`` or ``"not there yet"``: by the mean of the differences, which may lie inside their spread."""
-        mean = self.differences.mean
-        return "not there yet" if mean is None else "met" if mean > 0 else "not met"
+        """``"met"``, ``"not met"`` or ``"not there yet"`` by the mean of the differences, and what is to be doubted of it."""
+        mean = self.comparison.differences.mean
+        met = "not there yet" if mean is None else "met" if mean > 0 else "not met"
+        return ", ".join(part for part in (met, self.comparison.doubt) if part)
 
 
 def orders(plan: Plan, table: Table) -> list[Order]:
@@ -141,7 +166,24 @@ def orders(plan: Plan, table: Table) -> list[Order]:
         for source in plan.table.published:
             for below, above in source.get("orders", ()):
                 if below in lines and above in lines:
-                    found.append(Order(block, lines[below], lines[above]))
+                    found.append(Order(Comparison(block, lines[above], lines[below])))
+    return found
+
+
+def comparisons(plan: Plan, table: Table) -> list[Comparison]:
+    """Return the rows that a publication is about against those that it is measured by, for every pair: each with each.
+
+    Args:
+        plan: The plan; its table file says which rows.
+        table: The table.
+    """
+    found = []
+    for block in table.blocks:
+        lines = {line.row.name: line for line in block.lines}
+        for source in plan.table.published:
+            asked = source.get("compare", {"rows": (), "against": ()})
+            names = itertools.product(asked["rows"], asked["against"])
+            found += [Comparison(block, lines[row], lines[other]) for row, other in names if row in lines and other in lines]
     return found
 
 

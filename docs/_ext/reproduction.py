@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from docutils import nodes
@@ -12,7 +13,7 @@ from sphinx.util import logging
 
 from distillzoo.bench.plan import Plan
 from distillzoo.bench.recipe import find_recipe, load_recipe
-from distillzoo.bench.reproduction import deviations, orders, read_explanations, recorded_table
+from distillzoo.bench.reproduction import Comparison, comparisons, deviations, orders, read_explanations, recorded_table
 from distillzoo.bench.table import Table
 
 _BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -30,7 +31,7 @@ def page(name: str, benchmarks: Path = _BENCHMARKS) -> list[str]:
     plan, table = recorded_table(load_recipe(find_recipe(name, None)), folder, [benchmarks / "teachers"], _LOG.warning)
     lines = [".. code-block:: none", "", *(f"   {line}".rstrip() for line in table.text().splitlines()), ""]
     texts = read_explanations(folder / "reproduction.yaml", plan)
-    return [*lines, *_far(table, texts), *_expected(plan, table)]
+    return [*lines, *_far(table, texts), *_expected(plan, table), *_compared(plan, table)]
 
 
 def _far(table: Table, texts: dict[tuple[str, str], str]) -> list[str]:
@@ -62,20 +63,51 @@ def _expected(plan: Plan, table: Table) -> list[str]:
     claims = orders(plan, table)
     if not claims:
         return []
-    lines = [
-        "Orders that the published figures lead to expect; inside the spread of the paired differences they mean nothing:",
-        "",
-        ".. list-table::",
-        "   :header-rows: 1",
-        "",
-    ]
-    cells = [("Pair", "Expected", "Difference", "Verdict")]
+    cells = [["Pair", "Expected", "Difference", "n", "Verdict"]]
     for order in claims:
-        expected = f"{order.below.row.title} below {order.above.row.title}"
-        pair = f"{order.block.pair.teacher} to {order.block.pair.student}"
-        cells.append((pair, expected, order.differences.text(signed=True), order.verdict))
+        pair, found = order.comparison.block.pair, order.comparison.differences
+        expected = f"{order.comparison.other.row.title} below {order.comparison.row.row.title}"
+        cells.append([f"{pair.teacher} to {pair.student}", expected, found.text(signed=True), str(found.n), order.verdict])
+    return ["Orders that the published figures lead to expect:", "", *_list_table(cells)]
+
+
+def _compared(plan: Plan, table: Table) -> list[str]:
+    found = comparisons(plan, table)
+    if not found:
+        return []
+    rows = dict.fromkeys(each.row.row.title for each in found)
+    others = dict.fromkeys(each.other.row.title for each in found)
+    cells = [["Pair", "Row", *(f"less {title}" for title in others)]]
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for each in found:
+        pair = f"{each.block.pair.teacher} to {each.block.pair.student}"
+        lines.setdefault((pair, each.row.row.title), {})[each.other.row.title] = each.text()
+    cells += [[pair, row, *(texts.get(title, "-") for title in others)] for (pair, row), texts in lines.items()]
+    asked = f"{_listed(rows)}, each against {_listed(others)}, whichever way it falls"
+    return [f"{asked}: {_counted(found)}", "", *_list_table(cells)]
+
+
+def _counted(found: list[Comparison]) -> str:
+    """Say how many comparisons are there and which way they fall."""
+    there = [each for each in found if each.differences.n]
+    ways: dict[str, int] = {}
+    for each in there:
+        way = each.doubt or ("above" if (each.differences.mean or 0.0) > 0 else "below")
+        ways[way] = ways.get(way, 0) + 1
+    counts = ", ".join(f"{ways[way]} {way}" for way in ("above", "below", "inside the spread", "one seed") if way in ways)
+    return f"{len(there)} of {len(found)} comparisons are there{f' ({counts})' if counts else ''}."
+
+
+def _listed(titles: Iterable[str]) -> str:
+    *first, last = titles
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _list_table(cells: list[list[str]]) -> list[str]:
+    lines = [".. list-table::", "   :header-rows: 1", ""]
     for row in cells:
-        lines += [f"   {'*' if number == 0 else ' '} - {cell}" for number, cell in enumerate(row)]
+        texts = [cell.replace("-", r"\-", 1) if cell.startswith("-") else cell for cell in row]  # a minus, not the mark of a list
+        lines += [f"   {'*' if number == 0 else ' '} - {cell}" for number, cell in enumerate(texts)]
     return [*lines, ""]
 
 

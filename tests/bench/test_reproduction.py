@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,7 @@ import pytest
 
 from distillzoo.bench.plan import Plan, make_plan
 from distillzoo.bench.recipe import Pair, Recipe, find_recipe, load_recipe, make_recipe
-from distillzoo.bench.reproduction import deviations, orders, read_explanations, recorded_table
+from distillzoo.bench.reproduction import Comparison, Order, comparisons, deviations, orders, read_explanations, recorded_table
 from distillzoo.bench.rows import load_table
 from distillzoo.bench.table import Table, make_table
 from distillzoo.data import DataSet
@@ -59,18 +60,63 @@ def test_figures_that_two_sources_share_count_once(tiny_data: Load) -> None:
     assert [each.sources for each in deviations(table)] == [("CRD paper", "Yao et al.")]
 
 
-def test_orders_are_met_or_not_or_not_there(made: tuple[Plan, Table]) -> None:
-    verdicts = {(each.below.row.name, each.above.row.name): each.verdict for each in orders(*made)}
-    assert verdicts == {
+def test_orders_are_met_or_not_or_not_there_with_what_is_to_be_doubted(made: tuple[Plan, Table]) -> None:
+    found = {(each.comparison.other.row.name, each.comparison.row.row.name): each for each in orders(*made)}
+    assert {names: each.verdict for names, each in found.items()} == {
         ("kdiffusion_average", "kdiffusion"): "not there yet",
         ("kdiffusion", "kdiffusion_multi"): "not met",
-        ("kdiffusion_multi", "kdiffusion_guide"): "met",
-        ("reviewkd", "kdiffusion_guide"): "met",
-        ("crd", "kdiffusion_guide"): "met",
-        ("kd", "kdiffusion_guide"): "met",
+        ("kdiffusion_multi", "kdiffusion_guide"): "met, one seed",
+        ("reviewkd", "kdiffusion_guide"): "met, one seed",
+        ("crd", "kdiffusion_guide"): "met, one seed",
+        ("kd", "kdiffusion_guide"): "met, one seed",
     }
-    review = next(each for each in orders(*made) if each.below.row.name == "reviewkd")
+    review = found["reviewkd", "kdiffusion_guide"].comparison
     assert review.differences.values == (4.0,), "only the seed that both have"
+
+
+@pytest.mark.parametrize(
+    ("differences", "doubt"),
+    [
+        ((), ""),
+        ((3.0,), "one seed"),
+        ((0.1, -0.1), "inside the spread"),
+        ((0.0, 0.0), "inside the spread"),
+        ((0.5, 0.5), ""),
+        ((1.0, 2.0, 3.0), ""),  # 2 against 2 x 1 / sqrt(3) = 1.15
+        ((0.1, 1.1, 2.1), "inside the spread"),  # 1.1 against 1.15
+        ((-1.2, -0.2, -2.2), ""),
+    ],
+)
+def test_a_mean_within_two_standard_errors_of_zero_is_inside_the_spread(
+    differences: tuple[float, ...], doubt: str, made: tuple[Plan, Table]
+) -> None:
+    block = made[1].blocks[0]
+    row = replace(block.lines[0], last=dict(enumerate(differences)))
+    other = replace(block.lines[1], last=dict.fromkeys(range(9), 0.0))
+    assert Comparison(block, row, other).doubt == doubt
+    verdict = Order(Comparison(block, row, other)).verdict
+    assert verdict.endswith(doubt)
+    assert verdict.startswith("met" if sum(differences) > 0 else "not met" if differences else "not there yet")
+
+
+def test_each_row_of_kdiffusion_is_compared_with_each_of_the_others(made: tuple[Plan, Table]) -> None:
+    found = {(each.row.row.name, each.other.row.name): each for each in comparisons(*made)}
+    rows, others = ("kdiffusion", "kdiffusion_multi", "kdiffusion_guide"), ("kdiffusion_average", "kd", "crd", "reviewkd")
+    assert [*found] == [(row, other) for row in rows for other in others]
+    assert found["kdiffusion", "kd"].text() == "+2.90 ± 0.10, n = 3"
+    assert found["kdiffusion", "crd"].text() == "-0.60 ± 0.10, n = 3", "below is shown as well"
+    assert found["kdiffusion", "reviewkd"].text() == "+0.10 ± 2.90, n = 3, inside the spread"
+    assert found["kdiffusion_guide", "kd"].text() == "+4.00 ± -, n = 1, one seed"
+    assert found["kdiffusion", "kdiffusion_average"].text() == "not there yet"
+
+
+def test_a_table_without_these_rows_has_no_comparisons(tiny_data: Load) -> None:
+    for table, methods in (("cifar100", ["vanilla", "kd"]), ("digits", ["vanilla", "kd"])):
+        recipe = make_recipe({**TINY, "methods": methods, "table": table})
+        plan = make_plan(recipe, load_table(table), tiny_data)
+        made = make_table(plan, {}, lambda _: None)
+        assert comparisons(plan, made) == []
+        assert page_module()._compared(plan, made) == []
 
 
 def test_the_published_figures_have_the_orders_that_are_expected_of_ours() -> None:
@@ -128,8 +174,23 @@ def test_the_page(made: tuple[Plan, Table], tmp_path: Path) -> None:
     page = page_module()
     empty = "\n".join(page.page("cifar100_paper", tmp_path))
     assert "None of the 55 cells with a published figure is there yet" in empty
-    assert empty.count("not there yet") == 30
+    assert empty.count("- not there yet") == 30 + 60
+    assert "whichever way it falls: 0 of 60 comparisons are there." in empty
     far = "\n".join(page._far(made[1], {(PAIR, "kd"): "Seeds were\nfew."}))
     assert "**KD, vgg13 to mobilenetv2**: ours 66.20 ± 0.20 (3 seeds), published 67.37 (CRD paper), -1.17. Seeds were few." in far
     assert far.count("The reason is not known yet.") == 1
-    assert "Average below KDiffusion single" in "\n".join(page._expected(*made))
+    expected = page._expected(*made)
+    assert "     - Average below KDiffusion single" in expected
+    assert expected[-6:-1] == [
+        "   * - vgg13 to mobilenetv2",
+        "     - KD below KDiffusion multiple + guide",
+        "     - +4.00 ± -",
+        "     - 1",
+        "     - met, one seed",
+    ]
+    compared = page._compared(*made)
+    assert compared[0].startswith(
+        "KDiffusion single, KDiffusion multiple and KDiffusion multiple + guide, each against Average, KD, CRD and ReviewKD, "
+        "whichever way it falls: 9 of 12 comparisons are there (2 above, 2 below, 2 inside the spread, 3 one seed)."
+    )
+    assert r"     - \-0.60 ± 0.10, n = 3" in compared, "a minus is no list"
