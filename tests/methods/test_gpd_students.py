@@ -7,9 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distillzoo import build_distiller
+from distillzoo import DataSpec, build_distiller, create_model
+from distillzoo.engine import TrainConfig, Trainer, evaluate
 from distillzoo.errors import UnsupportedPairError
+from distillzoo.taps import Teacher
 from distillzoo.testing import TinyNet, tiny_data
+from tests.engine.networks import SmallLoader, SmallNet
 
 
 def small(*inner, channels=4):
@@ -87,13 +90,13 @@ def test_a_student_that_turns_to_single_precision_is_tried_in_it():
 # ------------------------------------------------------------------------------------------------------------ odd layers
 
 
-def steps(distiller, number=3, **batch):
-    """Train some steps in eight images of 16 pixels."""
+def steps(distiller, number=3, size=16):
+    """Train some steps on eight images."""
     distiller.train()
     optimizer = torch.optim.SGD(distiller.parameters(), 0.05, momentum=0.9)
     for _ in range(number):
         optimizer.zero_grad()
-        out = distiller(torch.randn(8, 3, 16, 16), torch.arange(8) % 5, **batch)
+        out = distiller(torch.randn(8, 3, size, size), torch.arange(8) % 5)
         out.loss.backward()
         optimizer.step()
         distiller.after_step()
@@ -162,3 +165,62 @@ class Residual(TinyNet):
 def test_an_error_that_a_fresh_gain_or_weight_hides_is_found(gain):
     with pytest.raises(UnsupportedPairError, match="its logits then differ by"):
         build(Residual(gain=gain))
+
+
+# ------------------------------------------------------------------------------------------------------- after training
+
+
+def check_trained(student, method="gpd", size=16):
+    """Some steps tell the copies apart; what is exported is the narrow network, in eval and in training mode."""
+    plain, x = copy.deepcopy(student), torch.randn(6, 3, size, size)
+    distiller = steps(build_distiller(method, student, data=DataSpec(5, (size, size)), seed=0), size=size)
+    with torch.no_grad():
+        wanted = distiller.predict(x)
+        exported = distiller.export_student()
+        assert gap(exported.eval()(x), wanted) < 1e-5
+        assert gap(distiller.dynamic_net(x).logits, wanted) > 1e-3
+        assert gap(plain.eval()(x), wanted) > 1e-3
+        assert gap(exported.train()(x), distiller.train().predict(x)) < 1e-4
+    assert str(exported.eval()) == str(plain)
+    plain.load_state_dict(exported.state_dict(), strict=True)
+
+
+STRUCTURES = {
+    "depthwise": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)),
+    "grouped": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8), nn.ReLU6()),
+    "shuffled": lambda: nn.Sequential(nn.Conv2d(8, 8, 1, groups=4, bias=False), nn.ChannelShuffle(4), nn.BatchNorm2d(8)),
+    "branched": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU()),
+}
+
+
+@pytest.mark.parametrize("method", ["gpd", "gpd_reduced"])
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_what_is_exported_after_training_is_the_narrow_network(kind, method):
+    torch.manual_seed(0)
+    check_trained(small(STRUCTURES[kind](), nn.Conv2d(8, 8, 3, 2, groups=2), nn.ReLU(), channels=8), method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenetv2", "shufflenetv1", "shufflenetv2"])
+def test_networks_by_name_are_exported_after_training(name):
+    torch.manual_seed(0)
+    check_trained(create_model(name, num_classes=5), size=32)
+
+
+def test_clipped_and_averaged_training_exports_the_average():
+    torch.manual_seed(0)
+    student, teacher, train = SmallNet(4), SmallNet(6), SmallLoader(24, 8)
+    plain, frozen = copy.deepcopy(student), Teacher(teacher, train.spec)
+    distiller = build_distiller("gpd", student, frozen, data=train.spec, seed=0, static="kd")
+    config = TrainConfig(epochs=2, batch_size=8, clip_norm=5.0, ema_decay=0.9)
+    evaluation = SmallLoader(12, 6, shuffle=False)
+    trainer = Trainer({"gpd": distiller}, frozen, train, evaluation, config, seed=0)
+    result, member, x = trainer.run()["gpd"], trainer.members["gpd"], evaluation.images
+    exported = member.export_student().eval()
+    with torch.no_grad():
+        assert gap(exported(x), member.predict(x)) < 1e-5
+        assert gap(exported(x), distiller.eval().predict(x)) > 1e-4
+        assert not gap(exported(x), distiller.dynamic_net(x).logits) < 1e-4
+    assert evaluate(exported, evaluation, config, torch.device("cpu"))[0] == result.last_accuracy
+    assert str(exported) == str(plain.eval())
+    plain.load_state_dict(exported.state_dict(), strict=True)
