@@ -226,7 +226,8 @@ def main(arguments: list[str], shelf: Shelf | None = None) -> None:
     write_section(name, options, view, shelf)
     removed = f"; {others} of others removed" if others else ""
     place = target.relative_to(shelf.root.parent)
-    shelf.say(f"{len(command.results)} records in {place}{removed}; {shelf.readme.name} has the table.")
+    count = f"{len(command.results)} record{'s' if len(command.results) != 1 else ''}"
+    shelf.say(f"{count} in {place}{removed}; {shelf.readme.name} has the table.")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,6 @@ def _named(own: Sequence[Cell], students: Sequence[Cell]) -> str:
     parts = []
     for label in dict.fromkeys(cell.row.label for cell in own):
         seeds, everyone = ([cell.seed for cell in cells if cell.row.label == label] for cells in (own, students))
-        listed = f" seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))}"
+        listed = f" seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(set(seeds))))}"
         parts.append(label if len(seeds) == len(everyone) else f"{label}{listed}")
     return ", ".join(parts)

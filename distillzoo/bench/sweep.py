@@ -10,6 +10,7 @@ from typing import Any
 from distillzoo.bench.captions import Results, accuracy_text, ended_by_seed, ended_text, figures_by_seed, protocol_note
 from distillzoo.bench.checks import check_list
 from distillzoo.bench.plan import Cell, Plan
+from distillzoo.bench.provenance import teachers_sentence
 from distillzoo.bench.recipe import Recipe, apply_override
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
 from distillzoo.bench.rows import Row, TableSpec, merge, merge_weights, select_rows
@@ -206,10 +207,11 @@ class SweepView:
         )
         counts = [entry.figures.n for entry in self._entries()]
         described = "; ".join(dict.fromkeys(cell.run.data.description for cell in self.plan.cells))
+        taught = teachers_sentence(self.plan.cells, self.results)
         return (
             f"{described} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
-            f"over seeds; differences inside the spread mean nothing. {chosen} {protocol_note(self.plan, counts)}"
-        )
+            f"over seeds; differences inside the spread mean nothing. {chosen} {protocol_note(self.plan, counts)} {taught}"
+        ).strip()
 
     def text(self) -> str:
         """Return the table for a terminal."""

@@ -70,7 +70,7 @@ def test_records_of_other_tables_leave_and_nothing_else_does(finished: Path, pla
     shutil.copytree(records(finished)["vanilla", 0], place.shelf.root / "results" / "other" / records(finished)["vanilla", 0].name)
     before = place.everything()
     place.publish(finished, "--methods", "kd", "--seeds", "0")
-    assert place.said[-1] == "1 records in benchmarks/results/mine; 3 of others removed; README.rst has the table."
+    assert place.said[-1] == "1 record in benchmarks/results/mine; 3 of others removed; README.rst has the table."
     gone = {path.split("/")[3] for path in before.keys() - place.everything().keys()}
     assert gone == {folder.name for key, folder in records(finished).items() if key != ("kd", 0)}
     assert "benchmarks/results/mine/figures/result.json" in place.everything()

@@ -101,6 +101,19 @@ def test_a_point_of_which_a_seed_diverged_says_so(tiny_data: Load) -> None:
     assert lines[5].endswith("2       seeds 0 and 1 diverged  0 of 2")
 
 
+def test_points_that_two_trainings_of_a_teacher_taught_are_named(tiny_data: Load) -> None:
+    plan, axes = plan_of(tiny_data, "kd.temperature=1,2")
+    teacher = {"id": "t", "name": "tinycnn_32", "accuracy": 91.25, "sha256": "a" * 64}
+    results = {cell.run.id: {"last_accuracy": 50.0, "teacher": teacher} for cell in plan.cells}
+    whole = SweepView(plan, axes, results).caption
+    last = max(plan.cells, key=lambda cell: (cell.row.point, cell.seed))
+    results[last.run.id]["teacher"] = {**teacher, "sha256": "b" * 64}
+    assert SweepView(plan, axes, results).caption == (
+        f"{whole} The teacher tinycnn_32 was trained 2 times, and students of different ones are not paired: 91.25 % (sha256 "
+        "aaaaaaaa) taught KD [kd.temperature=1], KD [kd.temperature=2] seed 0; 91.25 % (sha256 bbbbbbbb) taught KD [kd.temperature=2] seed 1."
+    )
+
+
 def test_the_view_of_fixed_records(tiny_data: Load, tmp_path: Path) -> None:
     plan, axes = plan_of(tiny_data, "kd.temperature=1,2,4")
     accuracy = {1: 50.0, 2: 60.0}
