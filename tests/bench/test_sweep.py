@@ -109,8 +109,9 @@ def test_points_that_two_trainings_of_a_teacher_taught_are_named(tiny_data: Load
     last = max(plan.cells, key=lambda cell: (cell.row.point, cell.seed))
     results[last.run.id]["teacher"] = {**teacher, "sha256": "b" * 64}
     assert SweepView(plan, axes, results).caption == (
-        f"{whole} The teacher tinycnn_32 was trained 2 times, and students of different ones are not paired: 91.25 % (sha256 "
-        "aaaaaaaa) taught KD [kd.temperature=1], KD [kd.temperature=2] seed 0; 91.25 % (sha256 bbbbbbbb) taught KD [kd.temperature=2] seed 1."
+        f"{whole} The teacher tinycnn_32 was trained 2 times, and students of different ones are not paired: "
+        "91.25 % (sha256 aaaaaaaa) taught KD [kd.temperature=1], KD [kd.temperature=2] seed 0; "
+        "91.25 % (sha256 bbbbbbbb) taught KD [kd.temperature=2] seed 1."
     )
 
 
