@@ -79,7 +79,7 @@ def check_commit() -> None:
 def _commit() -> tuple[str | None, bool | None]:
     """Return the commit of the code as this process first asks, and whether the package differed from it; ``None``: not known.
 
-    Of a checkout git is asked; where it cannot tell ``DISTILLZOO_COMMIT`` may, as ``git describe --dirty`` writes it.
+    Of a checkout git is asked; where it cannot tell ``DISTILLZOO_COMMIT`` may, with ``-dirty`` behind it.
     """
     root = Path(__file__).parents[2]
     head = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
@@ -93,7 +93,7 @@ def _commit() -> tuple[str | None, bool | None]:
     if named is None:
         raise OptionError(
             f"{COMMIT_VARIABLE} is {given!r}, but must be a commit in 7 to 64 hexadecimal digits, then -dirty if the code "
-            "differed; set it to what git describe --always --dirty --abbrev=40 --exclude '*' prints, or unset it."
+            "differed; set it to what git rev-parse HEAD prints, or unset it."
         )
     return named[1], True if named[2] else None
 

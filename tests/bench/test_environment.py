@@ -89,7 +89,7 @@ def test_a_variable_that_names_no_commit_is_a_sentence(
     wrong: str, call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(COMMIT_VARIABLE, wrong)
-    with pytest.raises(OptionError, match="git describe"):
+    with pytest.raises(OptionError, match="git rev-parse"):
         describe_environment(torch.device("cpu"))
     outcome = call("--recipe", recipe_file, "--output", str(tmp_path / "runs"))
     assert (outcome.code, outcome.err.count("\n"), wrong in outcome.err) == (2, 1, True)

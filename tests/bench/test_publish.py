@@ -170,7 +170,7 @@ def test_a_damaged_teacher_stops_it_before_anything_is_copied(finished: Path, pl
 def test_places_of_this_machine_are_not_shown(tmp_path: Path) -> None:
     inside = ROOT / "benchmarks" / "weights_cifar100_cpu.yaml"
     given = [
-        "--data-root", "data", "--data-root=/home/me/data", "--teacher-checkpoint=mine.pt", "--recipe", str(tmp_path / "a.yaml"),
+        "--data-root", "data", "--data-root=/data/sets", "--teacher-checkpoint=mine.pt", "--recipe", str(tmp_path / "a.yaml"),
         f"--table={inside}", "--class-list", "~/list.txt", "--recipe=../a.yaml", "--data.class_list=/lists/mine.txt",
         "--recipe", "cpu", "--teacher", "timm/resnet18", "--pairs=timm/resnet18:resnet8", "--kd.weights.kd", ".5", "--packed",
     ]  # fmt: skip
