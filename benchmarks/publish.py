@@ -145,7 +145,8 @@ def keep_teachers(results: Iterable[Mapping[str, Any]], source: Path, below: flo
 def row_commands(view: Table) -> str:
     """Say how one row alone is run: the same command with its name."""
     rows = {line.row.name: line.row.title for block in view.blocks for line in block.lines}
-    return f"One row alone is the same command with its name: {', '.join(f'``--methods {n}`` ({t})' for n, t in rows.items())}."
+    named = ", ".join(f"``{name}`` ({title})" for name, title in rows.items())
+    return f"One row alone is the same command with ``--methods`` and its name, in place of any ``--methods`` there: {named}."
 
 
 def shown(options: Sequence[str]) -> list[str]:
