@@ -196,6 +196,9 @@ def test_a_student_whose_forward_casts_to_single_precision_folds_as_well():
 # ------------------------------------------------------------------------------------------------ the contract, with a guide
 
 
-@pytest.mark.parametrize("check", ["check_compile", "check_resume", "check_export", "check_eval", "check_moves"])
+COMPILED = pytest.param("check_compile", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("check", [COMPILED, "check_resume", "check_export", "check_eval", "check_moves"])
 def test_a_guided_distiller_keeps_the_contract(check):
     CHECKS[check](Subject("kdiffusion", tiny_pair, {"guide": True, "layers": "all"}, tiny_data()))
