@@ -42,14 +42,14 @@ def test_the_search_of_the_cpu_recipe_gives_every_method_the_same_budget() -> No
     table = load_table(search.base)
     shown = [row.name for row in table.rows if not row.extra and row.name != "vanilla"]
     assert [row.row for row in search.rows] == shown, "every row that has a weight, once"
-    assert {len(row.values) for row in search.rows} == {5}
+    assert {len(row.values) for row in search.rows} <= {5, 6, 7}, "five, and at most two past an end"
     assert "KDiffusion" in search.note, "what differs all the same is said"
     for swept in search.rows:
         row = next(row for row in table.rows if row.name == swept.row)
         weight = row.describe(Pair("", ""))["weights"][swept.term]
         final = weight if isinstance(weight, float) else weight["value"]
         ratios = [value / final for value in swept.values]
-        assert min(ratios) < 1 < max(ratios) or swept.row == "reviewkd", swept
+        assert min(ratios) < 1 <= max(ratios) or swept.row == "reviewkd", swept
 
 
 def test_a_sweep_is_the_run_that_the_plain_command_makes() -> None:
