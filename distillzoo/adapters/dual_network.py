@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +14,7 @@ from distillzoo.adapters.orepa import BranchStart, LinearBranches, takes_branche
 from distillzoo.adapters.per_channel import DualPerChannel, per_channel_layer
 from distillzoo.errors import UnsupportedPairError
 
-__all__ = ["duals", "perturb", "plain_network", "replaced", "scrambled"]
+__all__ = ["duals", "perturb", "plain_network", "replaced"]
 
 _NOWHERE = "use a network of convolutions, linear layers and norms, or kd for this student."
 
@@ -108,20 +107,3 @@ def perturb(network: nn.Module, deviation: float) -> None:
     for module in network.modules():
         if isinstance(module, DualLayer):
             module.perturb(deviation)
-
-
-@torch.no_grad()
-def scrambled(network: nn.Module) -> nn.Module:
-    """Return a copy of a network on which no error hides behind a 0 or a 1 of its start.
-
-    Vectors (norms, biases, statistics), single parameters and weights that are all 0 are drawn anew; other weights stay.
-    """
-    twin = copy.deepcopy(network)
-    generator = torch.Generator().manual_seed(0)
-    started = [(name, tensor) for name, tensor in twin.named_parameters() if tensor.ndim <= 1 or not tensor.any()]
-    for name, tensor in (*started, *((name, tensor) for name, tensor in twin.named_buffers() if tensor.ndim == 1)):
-        if tensor.is_floating_point():
-            values = torch.rand(tensor.shape, generator=generator)
-            around_zero = tensor.ndim > 1 or name.endswith(("bias", "mean"))
-            tensor.copy_((values - 0.5) / 5.0 if around_zero else values + 0.5)
-    return twin

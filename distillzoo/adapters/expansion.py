@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DualLayer", "DualOp", "Mode", "emptied", "exact_copies", "filled", "pick", "tile"]
+__all__ = ["DualLayer", "DualOp", "Mode", "emptied", "filled", "pick", "tile"]
 
 
 class Mode:
@@ -196,24 +195,3 @@ def filled(
     for name, tensor in buffers.items():
         layer._buffers[name] = tensor.detach().clone()
     return layer
-
-
-def exact_copies(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield copies of a module to try a rule on, so exact that a difference between the widths is none of rounding.
-
-    Half types round more than a difference that matters, and so does TF32. The first copy is in double precision; the second, for a
-    module that turns what it sees to single precision or a device without double, in single precision on the CPU.
-
-    Args:
-        module: The module; it is left as it is.
-    Example:
-        >>> [twin.weight.dtype for twin in exact_copies(nn.Linear(2, 2).bfloat16())]
-        [torch.float64, torch.float32]
-    """
-    try:
-        double = copy.deepcopy(module).double()
-    except TypeError:  # how a device says that it has none
-        pass
-    else:
-        yield double
-    yield copy.deepcopy(module).to("cpu", torch.float32)

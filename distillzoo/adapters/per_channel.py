@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distillzoo.adapters.expansion import DualLayer, Mode, emptied, exact_copies, filled, tile
+from distillzoo.adapters.expansion import DualLayer, Mode, emptied, filled, tile
+from distillzoo.adapters.trials import exact_copies
 
 __all__ = ["DualPerChannel", "per_channel_layer"]
 

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from distillzoo import dataflow
 from distillzoo.adapters.connectors import full_precision
-from distillzoo.adapters.dual_network import duals, perturb, plain_network, replaced, scrambled
-from distillzoo.adapters.expansion import Mode, exact_copies
+from distillzoo.adapters.dual_network import duals, perturb, plain_network, replaced
+from distillzoo.adapters.expansion import Mode
 from distillzoo.adapters.orepa import BranchStart, check_branch_start, start_for
+from distillzoo.adapters.trials import exact_copies, scrambled
 from distillzoo.distiller import Distiller, option_defaults
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError, unknown_name
 from distillzoo.registry import DISTILLERS, register_distiller

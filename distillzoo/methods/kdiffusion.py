@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from distillzoo import dataflow
 from distillzoo.adapters.bridge import Bridge
 from distillzoo.adapters.connectors import pool_larger
-from distillzoo.adapters.dual_network import scrambled
 from distillzoo.adapters.reparam import check_not_tied, expand, fold_network
 from distillzoo.adapters.reverse import AmplitudeSchedule, Noise, Start, diffusion_amplitudes, draw_noise, reverse_chain
+from distillzoo.adapters.trials import exact_copies, scrambled
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError
 from distillzoo.registry import register_distiller
@@ -260,16 +260,16 @@ class KDiffusion(Distiller):
         return terms
 
 
-def _folds_back(network: nn.Module, sites: Mapping[str, str | None], data: DataSpec, dtype: torch.dtype = torch.float64) -> bool:
+def _folds_back(network: nn.Module, sites: Mapping[str, str | None], data: DataSpec) -> bool:
     """Whether a network computes the same with its branches folded, tried on a copy of which every norm counts."""
-    trial = scrambled(network)
-    try:
-        trial.to(dtype)
-        return dataflow.same_function(trial, fold_network(copy.deepcopy(trial), sites), data)
-    except (RuntimeError, TypeError):  # a device without double precision, or a forward that casts to single
-        if dtype is torch.float32:
-            raise
-    return _folds_back(network, sites, data, torch.float32)
+    problem: Exception | None = None
+    for trial in exact_copies(scrambled(network)):
+        try:
+            return dataflow.same_function(trial, fold_network(copy.deepcopy(trial), sites), data)
+        except (RuntimeError, TypeError) as error:  # a forward that casts to single
+            problem = error
+    assert problem is not None
+    raise problem
 
 
 def _chosen(name: str, value: Any, allowed: Any) -> Any:

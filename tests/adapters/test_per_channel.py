@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distillzoo.adapters.dual_network import scrambled
 from distillzoo.adapters.expansion import Mode, tile
 from distillzoo.adapters.per_channel import per_channel_layer
+from distillzoo.adapters.trials import scrambled
 
 
 class NormAct(nn.BatchNorm2d):
