@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -76,7 +77,7 @@ def _check_network(role: str, network: nn.Module) -> None:
 
 
 def check_option(member: str, method: type[Distiller], name: str, value: Any) -> None:
-    """Refuse text or a truth value where an option is a number, and anything else where it is a truth value.
+    """Refuse what is no number where an option is one, and what is no truth value where it is one; ``None`` where it may be.
 
     What kind an option is says its annotation; what values are in range the method says itself.
 
@@ -97,11 +98,14 @@ def check_option(member: str, method: type[Distiller], name: str, value: Any) ->
         wanted = get_type_hints(method.__init__).get(name)
     except NameError:  # somebody's own method whose annotations do not exist at run time
         return
-    kinds = set(get_args(wanted)) - {type(None)} if get_origin(wanted) in (Union, UnionType) else {wanted}
+    kinds = set(get_args(wanted)) if get_origin(wanted) in (Union, UnionType) else {wanted}
     default = option_defaults(method)[name]
+    if value is None and type(None) in kinds:
+        return
+    kinds.discard(type(None))
     if kinds == {bool} and not isinstance(value, bool):
         raise OptionError(f"The option {name} of {member} is True or False; got {value!r}; the default is {default}.")
-    if kinds <= {int, float} and isinstance(value, bool | str):
+    if kinds <= {int, float} and (isinstance(value, bool) or not isinstance(value, Real)):
         hint = " Text such as '1e-6' is no number in YAML; write 1.0e-6." if isinstance(value, str) else ""
         raise OptionError(f"The option {name} of {member} must be a number; got {value!r}; the default is {default!r}.{hint}")
 

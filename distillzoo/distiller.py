@@ -308,8 +308,8 @@ class Distiller(nn.Module, ABC):
         self._check_labels(batch.targets)
         if self.requires.hard_labels and batch.targets.ndim != 1:
             raise OptionError(f"{name} needs class numbers; got soft targets {tuple(batch.targets.shape)}: switch mixing off.")
-        if self.requires.index and batch.index is None:
-            raise OptionError(f"{name} needs index=: the (B,) positions of the samples in the training set.")
+        if self.requires.index:
+            _check_positions(name, batch.index, len(batch.images))
         if self.requires.second_view and batch.second_view is None:
             raise OptionError(f"{name} needs second_view=: another augmentation of the same images.")
 
@@ -348,6 +348,19 @@ class Distiller(nn.Module, ABC):
         for tensor in (*self.parameters(), *self.buffers()):
             if id(tensor) not in own and tensor.dtype in _HALF:
                 tensor.data = tensor.data.float()
+
+
+def _check_positions(name: str, index: Any, count: int) -> None:
+    """Refuse what are no positions of the samples, by type and shape alone: a shorter index would broadcast and train on."""
+    if index is None:
+        raise OptionError(f"{name} needs index=: the (B,) positions of the samples in the training set.")
+    got = f"{tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else type(index).__name__
+    integers = isinstance(index, Tensor) and not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    if not integers or index.shape != (count,):
+        raise ShapeError(
+            f"index must be ({count},) integers, one position in the training set for every image; got {got}: pass those that the "
+            "loader drew the images by."
+        )
 
 
 def _full_precision(trace: Trace) -> Trace:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -97,6 +98,11 @@ def test_options_are_checked_by_name():
         ("gpd", {"noise": "1e-6"}, r"must be a number; got '1e-6'; .* write 1\.0e-6"),
         ("fitnet", {"hint_stage": True}, "The option hint_stage of fitnet must be a number; got True; the default is None"),
         ("crd+kd", {"kd": {"temperature": "4"}}, "The option temperature of kd must be a number"),
+        ("kd", {"temperature": None}, "The option temperature of kd must be a number; got None; the default is 4.0"),
+        ("at", {"power": None}, "The option power of at must be a number; got None"),
+        ("vid", {"initial_variance": [5.0]}, r"The option initial_variance of vid must be a number; got \[5\.0\]"),
+        ("crd", {"momentum": {}}, r"The option momentum of crd must be a number; got \{\}"),
+        ("fitnet", {"hint_stage": [2]}, r"The option hint_stage of fitnet must be a number; got \[2\]; the default is None"),
     ],
 )
 def test_options_of_another_kind_are_refused(name, options, message):
@@ -108,6 +114,8 @@ def test_options_are_taken_as_their_annotation_says():
     assert describe_distiller("reviewkd", mid_channels=64)["options"]["mid_channels"] == 64
     assert describe_distiller("kd", temperature=4)["options"]["temperature"] == 4
     assert describe_distiller("gpd", static=None)["options"]["static"] is None
+    assert describe_distiller("fitnet", hint_stage=None)["options"]["hint_stage"] is None
+    assert describe_distiller("kd", temperature=np.float32(2.0))["options"]["temperature"] == 2.0
 
 
 def test_a_description_fills_every_default_in():

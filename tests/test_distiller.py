@@ -159,6 +159,30 @@ def test_what_is_required_must_be_given(needs, given, message):
 
 
 @pytest.mark.parametrize(
+    ("index", "got"),
+    [
+        (torch.tensor([3]), r"\(1,\) torch\.int64"),
+        (torch.arange(5), r"\(5,\) torch\.int64"),
+        (torch.arange(4).view(4, 1), r"\(4, 1\) torch\.int64"),
+        (torch.tensor(3), r"\(\) torch\.int64"),
+        (torch.arange(4.0), r"\(4,\) torch\.float32"),
+        (torch.ones(4, dtype=torch.bool), r"\(4,\) torch\.bool"),
+        ([0, 1, 2, 3], "got list"),
+    ],
+)
+def test_an_index_is_one_position_for_every_image(index, got):
+    class Indexed(Terms):
+        requires = Requires(teacher=False, index=True)
+        value = 0.0
+
+    with pytest.raises(ShapeError, match=rf"index must be \(4,\) integers.*{got}"):
+        build(Indexed)(IMAGES, TARGETS, index=index)
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        build(Indexed)(IMAGES, TARGETS, index=torch.arange(4, dtype=dtype))
+    build(Terms)(IMAGES, TARGETS, index=index)  # who reads no index is given any
+
+
+@pytest.mark.parametrize(
     ("images", "targets", "message"),
     [
         (IMAGES[0], TARGETS, r"images must be \(B, C, H, W\).*\(3, 16, 16\)"),
