@@ -131,6 +131,22 @@ class Member:
             self.fail("diverged", f"not finite by step {self.step} (epoch {self.epoch + 1}): {bad}")
         return self.status == "running"
 
+    def check_evaluation(self, loss: float | None) -> bool:
+        """Whether the loss on the evaluation images is finite at an epoch's end; a member that diverged is marked.
+
+        Args:
+            loss: The loss; ``None`` outside the main phase.
+        """
+        if loss is not None and not math.isfinite(loss):
+            self.fail("diverged", f"not finite by step {self.step} (epoch {self.epoch + 1}): loss on the evaluation images")
+        return self.status == "running"
+
+    def finish(self) -> None:
+        """Mark a member that trained to its end as done; where its last loss is not finite (an older state), as diverged."""
+        loss = self.history[-1].eval_loss if self.history else None
+        if self.status == "running" and self.check_evaluation(loss):
+            self.status = "done"
+
     def fail(self, status: str, message: str) -> None:
         """Stop this member; the others go on."""
         self.status, self.message = status, message

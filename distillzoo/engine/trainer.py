@@ -93,7 +93,11 @@ class Trainer:
         self.members[member].restore(state)
 
     def run(self) -> dict[str, MemberResult]:
-        """Train every member to the end and return how each ended."""
+        """Train every member to the end and return how each ended.
+
+        Raises:
+            Exception: What the observer raised at a member's end, once all members have had theirs.
+        """
         for member in self.members.values():
             if member.fresh:
                 self._guarded(member, member.distiller.prepare, self.train)
@@ -102,11 +106,22 @@ class Trainer:
                 if member.status == "running":
                     member.finish_phase()
         self._train_phase(list(self.members.values()))
-        for member in self.members.values():
-            if member.status == "running":
-                member.status = "done"
-            self.observer.on_end(member.name, member.result())
+        self._finish()
         return {name: member.result() for name, member in self.members.items()}
+
+    def _finish(self) -> None:
+        """Tell how every member ended, all of them, also where the observer fails on one."""
+        failures: list[Exception] = []
+        for member in self.members.values():
+            member.finish()
+            try:
+                self.observer.on_end(member.name, member.result())
+            except Exception as error:  # one member's end must not cost the others theirs
+                if failures:  # the first one is raised, and whoever catches it logs it
+                    _LOG.error("the end of member %s failed", member.name, exc_info=True)
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _train_phase(self, members: Sequence[Member]) -> None:
         """Train members that stand in the same phase, from the earliest epoch of any of them to its end."""
@@ -138,7 +153,9 @@ class Trainer:
         seconds = time.perf_counter() - start
         scores = self._evaluate(active) if phase == "main" else {}
         for member in active:
-            self.observer.on_epoch(member.finish_epoch(scores.get(member.name), seconds, size))
+            score = scores.get(member.name)
+            if member.check_evaluation(None if score is None else score[1]):
+                self.observer.on_epoch(member.finish_epoch(score, seconds, size))
 
     def _teacher_trace(self, batch: Batch, active: Sequence[Member]) -> Trace | None:
         if self.teacher is None or not any(member.distiller.requires.teacher for member in active):
