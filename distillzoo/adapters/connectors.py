@@ -49,6 +49,12 @@ def _pool(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size)
 
 
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average-pool where a map is larger, interpolate where it is smaller."""
+    x = _pool(x, (min(x.shape[2], size[0]), min(x.shape[3], size[1])))
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
 def unit_rows(x: Tensor, *, floor: float | Tensor = 1e-12, added: float = 0.0) -> Tensor:
     """Divide every row by its Euclidean norm: ``x / (max(norm, floor) + added)``.
 
@@ -88,7 +94,8 @@ class ConvRegressor(nn.Module):
     The convolution follows the sizes (classic FitNet code, RepDistiller's and mdistiller's ConvReg): half the size is a 3x3 of
     stride 2, twice the size a transposed 4x4 of stride 2, a little smaller an unpadded convolution whose kernel makes up the
     difference (1x1 at equal size). Where that kernel would exceed 7, and where the references give up, a 1x1 convolution and
-    average pooling (to smaller) or bilinear interpolation (to larger) do it.
+    average pooling (to smaller) or bilinear interpolation (to larger) do it. So do they for maps of another size than these, as
+    images of another size give: the same convolution, and what it leaves is resized.
 
     Args:
         source: ``(C, H, W)`` of the input.
@@ -110,26 +117,29 @@ class ConvRegressor(nn.Module):
         out_channels, *goal = target
         kernel = (1 + height - goal[0], 1 + width - goal[1])
         self.conv: nn.Conv2d | nn.ConvTranspose2d
-        self.size: tuple[int, int] | None = None
+        self.size = (goal[0], goal[1])
+        self.resizes = False  # whether the convolution leaves the size to pooling and interpolation
+        self.smallest = (1, 1)  # map that the convolution can take
         if (height, width) == (2 * goal[0], 2 * goal[1]):
             self.conv = nn.Conv2d(channels, out_channels, 3, 2, 1)
         elif (2 * height, 2 * width) == (goal[0], goal[1]):
             self.conv = nn.ConvTranspose2d(channels, out_channels, 4, 2, 1)
         elif min(kernel) >= 1 and max(kernel) <= _LARGEST_KERNEL:
             self.conv = nn.Conv2d(channels, out_channels, kernel)
+            self.smallest = kernel
         else:
             self.conv = nn.Conv2d(channels, out_channels, 1)
-            self.size = (goal[0], goal[1])
+            self.resizes = True
         self.norm = EdgeSafeBatchNorm2d(out_channels)
         self.activation: nn.Module = nn.ReLU() if rectify else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(B, C, H, W)`` of the source's size to ``(B, C, H, W)`` of the target's."""
-        if self.size is not None:
-            x = _pool(x, (min(x.shape[2], self.size[0]), min(x.shape[3], self.size[1])))
-        x = self.conv(x)
-        if self.size is not None and x.shape[2:] != self.size:
-            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False)
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Map ``(B, C, H, W)`` to ``(B, D, *size)``; ``None`` is the height and width of ``target``."""
+        size = self.size if size is None else size
+        if self.resizes:
+            x = _pool(x, (min(x.shape[2], size[0]), min(x.shape[3], size[1])))
+        x = _resize(x, (max(x.shape[2], self.smallest[0]), max(x.shape[3], self.smallest[1])))
+        x = _resize(self.conv(x), size)
         out: Tensor = self.activation(self.norm(x))
         return out
 

@@ -60,7 +60,7 @@ class FitNet(Distiller):
     Differs from RepDistiller and mdistiller: the ReLU at the regressor's end stays only where the teacher's stage ends with one,
     since it cannot reach the negative values of wide residual networks and MobileNetV2 (``head="relu"`` restores theirs); shapes
     come from a dry run that leaves the teacher's statistics alone (mdistiller's changes them); what ConvReg cannot
-    bridge, or only with a kernel above 7, is resized where the references fail.
+    bridge, or only with a kernel above 7, is resized where the references fail, and so are the maps of images of another size.
 
     Args:
         student: The student with its taps.
@@ -128,4 +128,4 @@ class FitNet(Distiller):
         """Return ``hint``."""
         assert teacher is not None
         guided, hint = student.features[self.pair[0]], teacher.features[self.pair[1]]
-        return {"hint": hint_loss(self.regressor(guided), hint)}
+        return {"hint": hint_loss(self.regressor(guided, (hint.shape[2], hint.shape[3])), hint)}

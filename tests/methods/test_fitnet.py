@@ -92,6 +92,26 @@ def test_any_size_becomes_any_other(source, target, kernel):
         assert regressor(torch.randn(size, *source)).shape == (size, *target)
 
 
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ((2, 8, 8), (3, 4, 4)),  # stride 2
+        ((2, 4, 4), (3, 8, 8)),  # transposed
+        ((2, 10, 10), (3, 4, 4)),  # unpadded, 7x7
+        ((2, 4, 4), (3, 4, 4)),
+        ((2, 32, 32), (3, 4, 4)),  # pooled
+        ((2, 5, 5), (3, 7, 7)),  # interpolated
+    ],
+)
+def test_maps_of_another_size_are_resized_to_what_is_asked_for(source, target):
+    torch.manual_seed(0)
+    regressor = ConvRegressor(source, target, rectify=False)
+    built = torch.randn(2, *source)
+    assert torch.equal(regressor(built, target[1:]), regressor(built))
+    for found, wanted in (((12, 12), (6, 6)), ((3, 5), (6, 4)), ((1, 1), (1, 1)), ((7, 7), (14, 13))):
+        assert regressor(torch.randn(2, 2, *found), wanted).shape == (2, 3, *wanted)
+
+
 def test_resizing_keeps_a_constant_map_constant():
     for source, target in (((2, 32, 32), (3, 4, 4)), ((2, 5, 5), (3, 7, 7))):
         out = ConvRegressor(source, target, rectify=False).eval()(torch.ones(1, *source))
@@ -134,6 +154,17 @@ def test_the_term_is_the_loss_of_the_regressed_tap():
     guided = distiller.student_net(images).features["stage2"]
     hint = distiller.teacher_net(images).features["stage2"]
     torch.testing.assert_close(distiller(images, targets).terms["hint"], hint_loss(distiller.regressor(guided), hint))
+
+
+@pytest.mark.parametrize("size", [8, 20, 24])
+def test_images_of_another_size_than_it_was_built_for(size):
+    """A quarter and four times the size, where no convolution scales with the images as one of stride 2 does."""
+    for student, teacher in ((1, 3), (3, 1)):
+        distiller = oracles.tiny_pair("fitnet", student=TinyNet(2, stages=student), teacher=TinyNet(2, stages=teacher))
+        out = distiller(torch.randn(2, 3, size, size), torch.tensor([0, 1]))
+        out.loss.backward()
+        assert torch.isfinite(out.loss)
+        assert distiller.regressor.conv.weight.grad.any()
 
 
 @pytest.mark.parametrize(
