@@ -109,9 +109,9 @@ class OFD(Distiller):
     Maps of different size: the larger is average-pooled to the smaller, the teacher's as mdistiller does it, the student's before
     its connector; the authors' code assumes equal sizes.
     Differs from the authors' code: the teacher is in eval mode; ``teacher_bn="batch"`` gives it the batch's statistics as the
-    authors do, in a pass of its own, and the running ones never change. Channels and norms are read from the
-    networks, so that all pairs work (mdistiller raises on 5 of 12). Margins are vectorised, and a norm of scale 0 has
-    one. Where a stage ends without activation the map itself is matched.
+    authors do, in a pass of its own, and the running ones never change; a batch of one image has none and takes the running ones.
+    Channels and norms are read from the networks, so that all pairs work (mdistiller raises on 5 of 12). Margins are vectorised,
+    and a norm of scale 0 has one. Where a stage ends without activation the map itself is matched.
 
     Args:
         student: The student with its taps.
@@ -198,9 +198,9 @@ class OFD(Distiller):
         return {"feature": torch.stack(losses).sum()}
 
     def _trace(self, batch: Batch) -> Trace:
-        """Run the teacher, with the batch's statistics where the option says so."""
+        """Run the teacher, with the batch's statistics where the option says so and there is a batch."""
         net = self._teacher()
-        with _batch_statistics(net.module, self.teacher_bn == "batch"):
+        with _batch_statistics(net.module, self.teacher_bn == "batch" and len(batch.images) > 1):
             return net(batch.images)
 
     def _first_batch_margin(self, number: int, features: Tensor) -> Tensor:

@@ -221,6 +221,11 @@ def test_a_stage_without_norm_takes_the_first_training_batch():
     distiller(images.flip(0) * 3, targets)
     for name in ("margin0", "margin1", "margin2"):
         assert torch.equal(distiller.state_dict()[name], kept[name])
+    larger = tiny_pair("ofd", teacher=TinyNet(8, stages=2))  # its maps are pooled, which the margin is measured before
+    features = larger.teacher_net(images).features
+    larger(images, targets)
+    for number in range(2):
+        torch.testing.assert_close(larger.margin(number), literal_mean_negative(features[f"stage{number + 1}.pre"]))
     resumed = tiny_pair("ofd")
     resumed.load_state_dict(kept)
     resumed(images.flip(0) * 3, targets)
@@ -279,6 +284,33 @@ def test_batch_statistics_of_the_teacher_leave_it_untouched():
     assert not any(module.training for module in teacher.modules())
     assert all(module.track_running_stats for module in teacher.modules() if isinstance(module, nn.BatchNorm2d))
     oracles.check_two_steps(distiller)
+
+
+def test_a_batch_of_one_image_takes_the_teachers_running_statistics():
+    student, teacher = normed(4, stages=2), normed(8)
+    teacher.blocks[1][1].running_mean.fill_(0.5)
+    images, targets = oracles.tiny_batch(2)
+    images = images[:, :, :4, :4]  # the last map is 1x1: one value a channel
+
+    def term(statistics, size):
+        distiller = tiny_pair("ofd", student=copy.deepcopy(student), teacher=copy.deepcopy(teacher), teacher_bn=statistics)
+        return distiller(images[:size], targets[:size]).terms["feature"]
+
+    assert torch.equal(term("batch", 1), term("running", 1))
+    assert not torch.isclose(term("batch", 2), term("running", 2))
+
+
+def test_margins_are_prepared_with_the_statistics_that_training_has():
+    distiller = tiny_pair("ofd", teacher_bn="batch")
+    distiller.teacher_net.module.blocks[0][1].running_mean.fill_(0.5)
+    loader = TinyLoader(DataSpec(5, (16, 16)))
+    distiller.prepare(loader)
+    trained = Tapped(copy.deepcopy(distiller.teacher_net.module).train(), distiller.data)
+    trained.request("stages.pre")
+    features = [trained(batch.images).features for batch in loader.epoch(0, phase="prepare")]
+    for number in range(3):
+        whole = torch.cat([found[f"stage{number + 1}.pre"] for found in features])
+        torch.testing.assert_close(distiller.margin(number), literal_mean_negative(whole.detach()))
 
 
 def test_published_weights_and_sizes():
