@@ -130,3 +130,11 @@ def test_the_distiller_compares_pooled_vectors():
 def test_two_steps_train_down_to_one_sample():
     oracles.check_two_steps(oracles.tiny_pair("pkt"))
     oracles.check_two_steps(oracles.tiny_pair("pkt"), 1)
+
+
+@pytest.mark.parametrize(("size", "documented"), [(16, 0.17), (64, 0.047), (256, 0.012)])
+def test_the_weighted_figures_of_the_documentation(size, documented):
+    generator = torch.Generator().manual_seed(0)
+    draws = [[torch.rand(size, 256, generator=generator) for _ in range(2)] for _ in range(4096 // size)]
+    mean = sum(pkt_loss(*pair).item() for pair in draws) / len(draws)
+    assert 30000 * mean == pytest.approx(documented, rel=0.07)

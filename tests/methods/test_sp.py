@@ -113,3 +113,11 @@ def test_bad_input_is_refused():
     ensemble = [TinyNet(4), TinyNet(4)]
     with pytest.raises(UnsupportedPairError, match="ensemble"):
         oracles.tiny_pair("sp", teacher=ensemble)
+
+
+@pytest.mark.parametrize(("size", "documented"), [(16, 0.56), (64, 0.16), (256, 0.041)])
+def test_the_weighted_figures_of_the_documentation(size, documented):
+    generator = torch.Generator().manual_seed(0)
+    draws = [[torch.rand(size, 256, generator=generator) for _ in range(2)] for _ in range(4096 // size)]
+    mean = sum(sp_loss(*pair).item() for pair in draws) / len(draws)
+    assert 3000 * mean == pytest.approx(documented, rel=0.07)
