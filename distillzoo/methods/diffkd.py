@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from distillzoo.adapters import denoiser
 from distillzoo.adapters.connectors import full_precision, pool_larger
+from distillzoo.adapters.memory import rank_positions
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError
 from distillzoo.registry import register_distiller
@@ -114,6 +115,9 @@ class DiffKD(Distiller):
     Differs from the authors' code: of two maps the larger is pooled; the width is that of the teacher's map, 1024 at most and 256
     for images of 64 pixels or less (authors' recipe: 1024 throughout); eval mode too normalises by the batch, as running statistics
     blend noised teacher and denoised student; a batch of one value a channel uses them; logits are cut at 1e4 before being noised.
+    Where layers follow the last stage the authors read those: the last ReLU of wide residual networks, MobileNetV2's last 1x1
+    convolution (1280 wide), Swin's last norm; as ``taps={"student": ["relu"], "teacher": ["relu"]}``, ``["relu2"]`` (torchvision's
+    ``["features.18"]``), ``["norm"]``.
     The authors published nothing on CIFAR; others' code takes temperature 4 there. The paper's text may start at time 500, not 400.
 
     Args:
@@ -235,11 +239,11 @@ class DiffKD(Distiller):
         assert isinstance(module, _Place)
         matching, noise, time = self._streams[place]
         denoised = module(source, self._normal(matching, latent), self.schedule)
-        times = time.integers(self.step, torch.arange(len(latent), device=latent.device), len(self.levels))
+        times = time.integers(self.step, rank_positions(len(latent), latent.device), len(self.levels))
         return denoised, diffusion_loss(latent, self._normal(noise, latent), times, module.predictor, self.levels)
 
     def _normal(self, stream: Stream, like: Tensor) -> Tensor:
-        return stream.normal(self.step, torch.arange(like.numel(), device=like.device)).view(like.shape).to(like.dtype)
+        return stream.normal(self.step, rank_positions(like.numel(), like.device)).view(like.shape).to(like.dtype)
 
 
 def _as_map(features: Tensor) -> Tensor:

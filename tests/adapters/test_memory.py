@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
+from distillzoo import DataSpec, build_distiller
 from distillzoo.adapters import memory
-from distillzoo.adapters.memory import EmbeddingBank, NegativeSampler, gather_ranks
+from distillzoo.adapters.memory import EmbeddingBank, NegativeSampler, gather_ranks, rank_positions
 from distillzoo.errors import OptionError
 from distillzoo.streams import Stream
+from tests.methods.oracles import TinyNet, tiny_batch
 
 STREAM = Stream.named(0, "test")
 UNEVEN = torch.tensor([0] * 30 + [1] * 5 + [2] * 15 + [4] * 10)[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
@@ -177,6 +179,23 @@ def test_opposite_embeddings_leave_a_finite_row():
 def test_one_process_gathers_what_it_has():
     tensor = torch.arange(3)
     assert gather_ranks(tensor) is tensor
+    assert rank_positions(3, tensor.device).tolist() == [0, 1, 2]
+
+
+def contrasted(part):
+    """What CRD keeps after a step on a part of a batch, by networks without batch norm, which a part would change."""
+    torch.manual_seed(0)
+    student, teacher = TinyNet(4), TinyNet(8)
+    for block in student.blocks:
+        block[1] = torch.nn.Identity()
+    targets = torch.arange(20) % 5
+    data = DataSpec(5, (16, 16), targets=targets)
+    distiller = build_distiller("crd", student, teacher, data=data, negatives=6, dim=4, seed=1)
+    index = torch.tensor([1, 2, 3, 1, 6, 7])
+    distiller(tiny_batch(6)[0][part], targets[index[part]], index=index[part])
+    distiller.after_step()
+    kept = distiller.student_bank.memory, distiller.teacher_bank.memory, distiller.log_normalizers
+    return torch.cat([tensor.flatten() for tensor in kept])
 
 
 def _two_processes(rank, port, results):
@@ -187,7 +206,7 @@ def _two_processes(rank, port, results):
     index = torch.tensor([1, 2, 3, 1, 6, 7])
     part = slice(3 * rank, 3 * rank + 3)
     bank.update(gather_ranks(index[part]), gather_ranks(embeddings[part].requires_grad_()), 0.5)
-    results[rank] = bank.memory.tolist()
+    results[rank] = bank.memory.tolist(), rank_positions(3, index.device).tolist(), contrasted(part).tolist()
     distributed.destroy_process_group()
 
 
@@ -202,4 +221,8 @@ def test_processes_move_their_banks_alike():
         torch.manual_seed(0)
         bank = EmbeddingBank(8, 4)
         bank.update(torch.tensor([1, 2, 3, 1, 6, 7]), torch.arange(24.0).view(6, 4), 0.5)
-        assert results[0] == results[1] == bank.memory.tolist()
+        assert results[0][0] == results[1][0] == bank.memory.tolist()
+        assert [results[rank][1] for rank in range(2)] == [[0, 1, 2], [3, 4, 5]]
+        whole = contrasted(slice(None))
+        for rank in range(2):
+            torch.testing.assert_close(torch.tensor(results[rank][2]), whole)

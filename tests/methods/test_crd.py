@@ -185,11 +185,15 @@ def test_the_normalizer_is_the_first_training_batch_and_stays():
     assert not crd(normalizer="none").normalized.any()
 
 
-def test_banks_move_after_the_step_by_the_last_embeddings():
-    distiller = crd(momentum=0.25)
+@pytest.mark.parametrize("mode", ["exact", "relax"])
+def test_banks_move_after_the_step_by_the_last_embeddings(mode):
+    distiller = crd(momentum=0.25, mode=mode)
     images, _ = oracles.tiny_batch(3)
     index = torch.tensor([5, 9, 5])
     before = copy.deepcopy(distiller.state_dict())
+    if mode == "relax":  # a positive is another sample here, and still the sample's own row moves
+        drawn = distiller.sampler.draw_same_class(distiller._positives, 0, labels=DATA.targets[index], index=index)
+        assert not set(drawn.tolist()) & {5, 9}
     distiller(images, DATA.targets[index], index=index)
     assert torch.equal(distiller.student_bank.memory, before["student_bank.memory"])  # not before the optimiser's step
     _, own, other = distiller._latest

@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
-from distillzoo import build_distiller
+from distillzoo import build_distiller, create_model
 from distillzoo.adapters import denoiser
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError
 from distillzoo.functional import diffkd_logit_loss, diffusion_loss, kd_loss
@@ -163,10 +163,32 @@ def test_the_working_width_is_bounded_on_small_images():
     assert width(32) == 256
     assert width(64) == 256
     assert width(72) == 300
+    pair["teacher"] = TinyNet(1100, stages=1)
+    assert width(72) == 1024
+    pair["teacher"] = TinyNet(300, stages=1)
     assert width(32, latent_channels=7) == 7
     assert width(32, target="raw") == 300
     pair["teacher"] = TinyNet(40, stages=1)
     assert width(32) == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "last_stage", "channels"),
+    [("wrn_16_1", "relu", (64, 8, 8), 64), ("mobilenetv2", "relu2", (160, 2, 2), 1280)],
+)
+def test_the_authors_places_are_chosen_by_hand(name, path, last_stage, channels):
+    def build(**taps):
+        networks = [create_model(name, num_classes=5) for _ in range(2)]
+        return build_distiller("diffkd", *networks, input_size=32, seed=0, places="map", latent_channels=8, **taps)
+
+    own, other = build().map_taps
+    assert build().teacher_net.shapes[other] == last_stage
+    distiller = build(taps={"student": [path], "teacher": [path]})
+    own, other = distiller.map_taps
+    assert distiller.student_net.shapes[own] == distiller.teacher_net.shapes[other] == (channels, *last_stage[1:])
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.isfinite(distiller(images, torch.tensor([0, 1])).loss)
+    assert (distiller.teacher_net(images).features[other] >= 0).all()
 
 
 def test_terms_follow_from_the_options():
@@ -215,6 +237,19 @@ def test_draws_change_with_the_step_and_come_back_with_it():
     assert terms(0) == first
     roots = [stream.root for streams in distiller._streams.values() for stream in streams]
     assert len(set(roots)) == 6
+
+
+def test_processes_of_a_distributed_run_draw_what_one_would_for_all(monkeypatch):
+    distiller = oracles.tiny_pair("diffkd")
+    stream, whole = distiller.stream("map.noise"), torch.zeros(6, 4, 2, 2)
+    drawn = distiller._normal(stream, whole)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        parts.append(distiller._normal(stream, whole[:3]))
+    assert torch.equal(torch.cat(parts), drawn)
 
 
 def test_eval_mode_normalises_by_the_batch_too():
