@@ -210,19 +210,10 @@ def _maker(member: str, method: type[Distiller], arguments: Mapping[str, Any], s
 
 
 def _follow_student(distiller: Distiller) -> None:
-    """Move adapters and buffers to the student's device and floating type; the teacher stays where it is."""
+    """Move adapters and buffers to the student's device and floating type; student and teacher stay as and where they are."""
     student = distiller.student_net.module
     like = next((p for p in student.parameters() if p.is_floating_point()), None)
     if like is None:
         return
     dtype = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype  # losses run in float32 at least
-    for child in distiller.children():
-        if child is not student:
-            child.to(device=like.device, dtype=dtype)
-    for part in distiller.modules():
-        if isinstance(part, Distiller):
-            part.step = part.step.to(like.device)
-            part._weighting.to(like.device)
-    own = [*distiller.named_parameters(recurse=False), *distiller.named_buffers(recurse=False)]
-    for _, tensor in own:
-        tensor.data = tensor.data.to(device=like.device, dtype=dtype if tensor.is_floating_point() else None)
+    distiller._apply_to_own(lambda tensor: tensor.to(like.device, dtype if tensor.is_floating_point() else tensor.dtype))

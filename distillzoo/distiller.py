@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distillzoo.casting import OwnTensors, full_precision_trace
 from distillzoo.errors import OptionError, ShapeError, TapError, UnsupportedPairError, unknown_name
 from distillzoo.schedules import Schedule, Weight
 from distillzoo.streams import Stream, draw_seed
@@ -24,7 +25,6 @@ from distillzoo.weighting import TermWeights, preset_weights
 __all__ = ["Distiller", "option_defaults"]
 
 _FINAL = ("forward", "set_progress", "param_groups", "train")
-_HALF = (torch.float16, torch.bfloat16)
 _KINDS: tuple[Literal["weight", "norm_bias", "exempt"], ...] = ("weight", "norm_bias", "exempt")
 
 
@@ -177,7 +177,7 @@ class Distiller(nn.Module, ABC):
             teacher = self.teacher_net.trace(batch)
         self._check_trace(teacher)
         with torch.autocast(images.device.type, enabled=False):
-            student, teacher = _full_precision(student), None if teacher is None else _full_precision(teacher)
+            student, teacher = full_precision_trace(student), None if teacher is None else full_precision_trace(teacher)
             terms = {"ce": F.cross_entropy(student.logits, batch.targets)}
             terms.update(self.distill_terms(student, teacher, batch))
             loss, weights = self._weighting.weigh(terms)
@@ -333,21 +333,35 @@ class Distiller(nn.Module, ABC):
             raise TapError(f"The teacher's trace lacks {', '.join(missing)}; request them: teacher.request({missing[0]!r}, ...).")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if self.teacher_net is not None:
-            self._loan.check_cast(self.teacher_net, fn)  # before anything is changed
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.teacher_net is not None:
-            self.teacher_net.module._apply(fn)  # type: ignore[no-untyped-call]
+        if not isinstance(fn, OwnTensors):  # the distiller that was called, not one that it is made of: the networks first
+            self._apply_to_networks(fn)
+            fn = OwnTensors(fn, self._networks())
+        for child in self.children() if recurse else ():
+            if child is not self.student_net.module:
+                child._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
         self._weighting.to(self.step.device)
-        self._restore_precision()
         return self
 
-    def _restore_precision(self) -> None:
-        """Adapters and buffers of the method stay in float32 where the student is cast to a half type: losses run in float32."""
-        own = {id(tensor) for tensor in (*self.student_net.module.parameters(), *self.student_net.module.buffers())}
-        for tensor in (*self.parameters(), *self.buffers()):
-            if id(tensor) not in own and tensor.dtype in _HALF:
-                tensor.data = tensor.data.float()
+    def _apply_to_own(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``fn`` to what belongs to the method and its parts, and to no tensor of student or teacher, wherever it hangs."""
+        self._apply(OwnTensors(fn, self._networks()))
+
+    def _apply_to_networks(self, fn: Callable[[Tensor], Tensor]) -> None:
+        distillers = [module for module in self.modules() if isinstance(module, Distiller)]
+        for each in distillers:
+            if each.teacher_net is not None:
+                each._loan.check_cast(each.teacher_net, fn)  # before anything is changed
+        shared = {each.student_net.module for each in distillers} - set(self.modules())  # a part's student is its owner's to move
+        for network in self._networks():
+            if network not in shared:
+                network._apply(fn)  # type: ignore[no-untyped-call]
+
+    def _networks(self) -> list[nn.Module]:
+        """Return student and teacher of this distiller and of its parts, each once."""
+        distillers = [module for module in self.modules() if isinstance(module, Distiller)]
+        nets = [net for each in distillers for net in (each.student_net, each.teacher_net) if net is not None]
+        return list(dict.fromkeys(net.module for net in nets))
 
 
 def _check_positions(name: str, index: Any, count: int) -> None:
@@ -361,16 +375,6 @@ def _check_positions(name: str, index: Any, count: int) -> None:
             f"index must be ({count},) integers, one position in the training set for every image; got {got}: pass those that the "
             "loader drew the images by."
         )
-
-
-def _full_precision(trace: Trace) -> Trace:
-    """Half types as float32; float32 and float64 as they are."""
-    second = None if trace.second is None else _full_precision(trace.second)
-    return Trace(_float(trace.logits), {name: _float(value) for name, value in trace.features.items()}, second)
-
-
-def _float(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in _HALF else value
 
 
 def option_defaults(method: type[Distiller]) -> dict[str, Any]:

@@ -432,3 +432,40 @@ def test_a_batch_that_is_none_is_a_sentence(images, targets, sentence):
     distiller = build("vanilla", TinyNet())
     with pytest.raises(ShapeError, match=sentence):
         distiller(images, targets)
+@pytest.mark.parametrize("name", ["fitnet", "fitnet+kd", "gpd"])
+def test_networks_of_a_half_type_stay_as_they_are_and_train(name):
+    options = {"static": "fitnet"} if name == "gpd" else {}
+    distiller = build(name, TinyNet().bfloat16(), TinyTeacher().bfloat16(), **options)
+    networks = [distiller.student, distiller.teacher_net.module]
+    theirs = [tensor for net in networks for tensor in (*net.parameters(), *net.buffers())]
+    assert {tensor.dtype for tensor in theirs if tensor.is_floating_point()} == {torch.bfloat16}
+    own = [tensor for key, tensor in distiller.state_dict().items() if not key.startswith("student.")]
+    assert {tensor.dtype for tensor in own} == {torch.float32, torch.int64}
+    out = distiller(IMAGES.bfloat16(), TARGETS)
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
+
+
+def test_a_teacher_is_not_touched_by_a_build(monkeypatch):
+    teacher = TinyTeacher()
+    monkeypatch.setattr(teacher, "_apply", lambda *_: pytest.fail("the teacher was moved"))
+    build("fitnet+kd", TinyNet(), teacher)
+
+
+class Borrows(Hint):
+    """Holds layers of both networks among its own modules."""
+
+    def __init__(self, student, teacher, data, *, weights=None, seed=None):
+        super().__init__(student, teacher, data, weights=weights, seed=seed)
+        self.adapter = nn.ModuleList([student.module.head, teacher.module.head, nn.Linear(2, 2)])
+
+
+def test_layers_of_the_networks_stay_as_they_are_wherever_they_hang():
+    distiller = build(Borrows, TinyNet().bfloat16(), TinyTeacher().bfloat16())
+    assert [layer.weight.dtype for layer in distiller.adapter] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for cast in (torch.float32, torch.bfloat16, torch.float64):
+        distiller.to(cast)
+        own = torch.float32 if cast == torch.bfloat16 else cast
+        assert [layer.weight.dtype for layer in distiller.adapter] == [cast, cast, own]
+
+

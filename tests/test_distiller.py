@@ -249,6 +249,32 @@ def test_half_types_are_cast_and_double_stays():
     assert seen[2] == {torch.float64}
 
 
+@pytest.mark.parametrize("name", ["hint", "fitnet+kd", "gpd"])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_what_is_the_methods_own_is_not_rounded_where_the_networks_are_cast_to_a_half_type(name, half):
+    distiller = build() if name == "hint" else build(name, **({"static": "fitnet"} if name == "gpd" else {}))
+    distiller.register_buffer("big", torch.tensor([1e6 + 1.0, 1e-9]))
+    distiller(IMAGES, TARGETS).loss.backward()
+    networks = (distiller.student, distiller.teacher_net.module)
+    before = {key: value.clone() for key, value in distiller.state_dict().items() if not key.startswith("student.")}
+    expected = [[tensor.to(half) for tensor in net.parameters()] for net in networks]
+    distiller.to(half)
+    after = distiller.state_dict()
+    assert all(torch.equal(after[key], value) and after[key].dtype == value.dtype for key, value in before.items())
+    assert any("regressor" in key for key in before)
+    for net, values in zip(networks, expected, strict=True):
+        assert all(map(torch.equal, net.parameters(), values))
+        assert {tensor.dtype for tensor in net.buffers() if tensor.is_floating_point()} <= {half}
+    assert all(p.grad.dtype == p.dtype for p in distiller.parameters() if p.grad is not None)
+    assert torch.isfinite(distiller(IMAGES.to(half), TARGETS).loss)
+
+
+def test_a_double_distiller_that_is_cast_to_a_half_type_computes_in_single():
+    distiller = build().double().half()
+    assert distiller.regressor.weight.dtype == torch.float32
+    assert next(distiller.student.parameters()).dtype == torch.float16
+
+
 # ------------------------------------------------------------------------------------------------- step, phases, finality
 
 

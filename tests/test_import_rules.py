@@ -15,7 +15,7 @@ FOLDERS = ("distillzoo", "benchmarks", "examples")
 
 FOUNDATION = frozenset({"types", "errors", "streams", "schedules", "registry"})
 NETWORK = frozenset({"dataflow", "stages", "taps"})  # how a network is read: what the design calls taps
-DISTILLER = frozenset({"distiller", "weighting"})  # the base class and the sum of its terms
+DISTILLER = frozenset({"distiller", "weighting", "casting"})  # the base class, the sum of its terms, floating types
 ALLOWED: dict[str, frozenset[str]] = {
     **dict.fromkeys(FOUNDATION, frozenset({"types", "errors"})),
     **dict.fromkeys(NETWORK, FOUNDATION | NETWORK),
@@ -23,6 +23,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "data": FOUNDATION,
     "adapters": FOUNDATION,
     "weighting": FOUNDATION,
+    "casting": FOUNDATION,
     "export": FOUNDATION,
     "distiller": FOUNDATION | NETWORK | DISTILLER,
     "composition": FOUNDATION | NETWORK | DISTILLER,
