@@ -91,7 +91,7 @@ def _run(given: argparse.Namespace, console: Console) -> int:
         command = Command(options, [_HERE / "teachers"], console, loaded, show=False)
         code = max(code, command.run())
         sections.append(part.section("" if command.view is None else command.view.text()))
-        kept |= dict.fromkeys(cell.run.id for cell in command.plan.cells if cell.run.id in command.results)
+        kept |= dict.fromkeys(cell.run.id for cell in command.plan.cells if cell.run.id in command.results | command.reasons)
     place = given.results / name
     copy_records(list(kept), given.output, place)
     text = "\n\n".join(sections)

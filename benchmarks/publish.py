@@ -176,6 +176,19 @@ def _public(option: str, value: str) -> str:
     return whole.relative_to(project).as_posix() if whole.is_relative_to(project) else "FILE"
 
 
+def section_text(options: Sequence[str], view: Table) -> str:
+    """Return what stands between a section's marks: the command, the table and what must be known to read it.
+
+    Args:
+        options: Options of ``run_table.py``.
+        view: The table.
+    """
+    table, _, caption = view.text().rpartition("\n\n")
+    block = "\n".join(f"    {line}".rstrip() for line in table.splitlines())
+    section = f"``python benchmarks/run_table.py {' '.join(shown(options))}``".replace(" ``", "``")
+    return f"\n{section}::\n\n{block}\n\n{caption.replace('*', chr(92) + '*')}\n\n{row_commands(view)}\n\n"
+
+
 def write_section(name: str, options: list[str], view: Table, shelf: Shelf) -> None:
     """Put the table and its command between the section's marks.
 
@@ -185,10 +198,7 @@ def write_section(name: str, options: list[str], view: Table, shelf: Shelf) -> N
         view: The table.
         shelf: Where the section is.
     """
-    table, _, caption = view.text().rpartition("\n\n")
-    block = "\n".join(f"    {line}".rstrip() for line in table.splitlines())
-    section = f"``python benchmarks/run_table.py {' '.join(shown(options))}``".replace(" ``", "``")
-    body = f"\n{section}::\n\n{block}\n\n{caption.replace('*', chr(92) + '*')}\n\n{row_commands(view)}\n\n"
+    body = section_text(options, view)
     marks, text = shelf.section(name), shelf.readme.read_text(encoding="utf-8")
     shelf.readme.write_text(marks.sub(lambda found: found[1] + body + found[2], text), encoding="utf-8")
 
@@ -221,7 +231,7 @@ def main(arguments: list[str], shelf: Shelf | None = None) -> None:
     if given.with_teachers:
         below = KEEP_BELOW if given.keep_teachers_below is None else given.keep_teachers_below
         keep_teachers(command.results.values(), source, below, shelf)
-    series.copy_records([*command.results], source, target)
+    series.copy_records([*command.results, *command.reasons], source, target)
     others = remove_others(target, command.plan.runs)
     command, view = make_view(target, options, shelf, loaded, show=True)
     write_section(name, options, view, shelf)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distillzoo.bench.changes import changes
+from distillzoo.bench.places import cost_sentence, places_sentence
 from distillzoo.bench.plan import Cell, Plan, TeacherJob
 from distillzoo.bench.provenance import teachers_sentence
 from distillzoo.bench.render import Spread
@@ -14,11 +15,11 @@ if TYPE_CHECKING:
     from distillzoo.bench.table import Line
 
 __all__ = [
+    "SPREAD_NOTE",
     "Results",
     "TeacherInfo",
     "accuracy_text",
     "baseline_title",
-    "cost_sentence",
     "ended_by_seed",
     "ended_text",
     "figures_by_seed",
@@ -27,6 +28,9 @@ __all__ = [
     "seeds_text",
     "table_caption",
 ]
+
+SPREAD_NOTE = "those inside the spread (a 95 % interval of their mean by Student's t holds zero) mean nothing."
+"""When a difference says nothing, as every caption has it."""
 
 Results = Mapping[str, Mapping[str, Any]]
 TeacherInfo = Callable[[TeacherJob], Mapping[str, Any] | None]
@@ -117,7 +121,8 @@ def protocol_note(plan: Plan, counts: Collection[int]) -> str:
     recipe = plan.recipe
     short = recipe.name.removeprefix(f"{recipe.dataset}_")
     short = short.upper() if short == "cpu" else short
-    changed = changes(plan)
+    swept = dict.fromkeys(f"{path} swept" for cell in plan.cells for path, _ in cell.row.point)
+    changed = [*changes(plan), *swept]
     named = f" with {_listed(changed, ' and ')}" if changed else ""
     seeds = seeds_text(counts, len(recipe.seeds))
     trained = _trained(plan)
@@ -161,8 +166,8 @@ def table_caption(plan: Plan, lines: Sequence[Line]) -> str:
     sentences = [
         f"{data.description} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
         "over seeds.",
-        f"Differences to {baseline_title(plan)} are paired over seeds; differences inside the spread mean nothing. The best epoch "
-        "is chosen on the evaluation images and so flatters.",
+        f"Differences to {baseline_title(plan)} are paired over seeds; {SPREAD_NOTE} The best epoch is chosen "
+        "on the evaluation images and so flatters.",
         protocol_note(plan, [len(line.last) for line in lines if line.applies]),
         "In brackets: ours less the published figure." if any(line.published and line.last for line in lines) else "",
         *(f"* {label}'s {' and '.join(titles)}: {protocol}." for (label, protocol), titles in starred.items()),
@@ -209,42 +214,11 @@ def pair_caption(
         "One seed ranks nothing." if max(counts, default=0) == 1 else "",
         f"{'; '.join(ended)}; a mean of the other seeds flatters." if ended else "",
         teachers_sentence(cells, results),
-        cost_sentence([cell for cell in cells if cell.run.id in results], results),
+        places_sentence(cells, results),
+        cost_sentence(cells, results),
         *sorted({f"Not applicable: {cell.row.title} ({reasons[cell.run.id]})" for cell in cells if cell.run.id in reasons}),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
-
-
-def cost_sentence(cells: Sequence[Cell], results: Results) -> str:
-    """Say how long the groups of a pair trained and where, as far as their records tell.
-
-    Args:
-        cells: Cells of one pair that have a result.
-        results: Results by run id, each with its ``environment``.
-    """
-    groups: dict[tuple[int, float], Mapping[str, Any]] = {}
-    for cell in cells:
-        where = results[cell.run.id].get("environment") or {}
-        if where.get("group_seconds") and where.get("group_images_per_second"):
-            groups[cell.seed, where["group_seconds"]] = where
-    if not groups:
-        return ""
-    minutes = [where["group_seconds"] / 60 for where in groups.values()]
-    sizes = sorted({where["group_size"] for where in groups.values()})
-    speeds = [where["group_images_per_second"] for where in groups.values()]
-    places = dict.fromkeys(
-        where["gpu"] or f"{where['threads']} thread{'s' if where['threads'] != 1 else ''} of {where['cpu']}"
-        for where in groups.values()
-    )
-    rows = f"{' or '.join(map(str, sizes))} row{'s' if sizes != [1] else ''} on one teacher pass"
-    speed = f"{_range(speeds, '.0f')} images/s for each row"
-    beside = "evaluation, checkpoints and epochs that were interrupted come on top"
-    return f"Training took {_range(minutes, '.1f')} minutes for a group of {rows}, {speed}, on {', '.join(places)}; {beside}."
-
-
-def _range(values: list[float], form: str) -> str:
-    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
-    return low if low == high else f"{low} to {high}"
 
 
 def _listed(parts: Sequence[object], last: str) -> str:

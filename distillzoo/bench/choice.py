@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distillzoo.bench.captions import Results
 from distillzoo.bench.checks import check_keys, check_list
 from distillzoo.bench.cli import DONE, FAILED, Command
 from distillzoo.bench.options import parse_options
+from distillzoo.bench.places import cost_sentence, places_sentence
+from distillzoo.bench.plan import Cell
 from distillzoo.bench.progress import Console
 from distillzoo.bench.recipe import Pair
 from distillzoo.bench.render import as_text
@@ -85,6 +88,8 @@ class Choice:
             no record is not in it.
         ids: Ids of the runs by weight.
         taken: Weights by term that were taken over from another row.
+        cells: Cells of the sweep.
+        results: Their results by run id.
     """
 
     swept: Swept
@@ -92,6 +97,8 @@ class Choice:
     accuracies: Mapping[float, float | None]
     ids: Mapping[float, str]
     taken: Mapping[str, float]
+    cells: tuple[Cell, ...] = field(default=(), repr=False)
+    results: Results = field(default_factory=dict, repr=False)
 
     @property
     def finished(self) -> bool:
@@ -199,7 +206,7 @@ def _choice(search: Search, swept: Swept, command: Command, taken: Mapping[str, 
     ids = {float(dict(cell.row.point)[f"{swept.row}.weights.{swept.term}"]): cell.run.id for cell in command.plan.cells}
     results = {value: command.results[run_id] for value, run_id in ids.items() if run_id in command.results}
     accuracies = {value: None if r["status"] != "done" else float(r["last_accuracy"]) for value, r in results.items()}
-    return Choice(swept, _default(search, swept), accuracies, ids, taken)
+    return Choice(swept, _default(search, swept), accuracies, ids, taken, command.plan.cells, command.results)
 
 
 def table_text(search: Search, choices: Sequence[Choice]) -> str:
@@ -224,7 +231,10 @@ def table_text(search: Search, choices: Sequence[Choice]) -> str:
         f"seed {search.seed}. The highest is chosen, of equal ones the smallest; (end): a better one may lie beyond. "
         f"One seed and few epochs: neighbours mean nothing against each other. {done} of {asked} runs are there. {search.note}"
     )
-    return f"{as_text(header, lines)}\n\n{textwrap.fill(said, 120)}"
+    results = {run_id: result for choice in choices for run_id, result in choice.results.items()}
+    where = [places_sentence(choice.cells, results) for choice in choices]
+    sentences = [said, *where, cost_sentence([cell for choice in choices for cell in choice.cells], results)]
+    return f"{as_text(header, lines)}\n\n{textwrap.fill(' '.join(filter(None, map(str.strip, sentences))), 120)}"
 
 
 def _default_text(weight: float | Mapping[str, Any]) -> str:

@@ -21,8 +21,9 @@ from distillzoo.bench.options import Options, parse_options
 from distillzoo.bench.plan import Plan, TeacherJob, make_plan
 from distillzoo.bench.progress import Console, TimeIsUp
 from distillzoo.bench.recipe import Recipe, list_recipes
-from distillzoo.bench.recorded import recorded_data
+from distillzoo.bench.recorded import recorded_data, several_sets, unused_records
 from distillzoo.bench.records import RecordStore, canonical_json
+from distillzoo.bench.refusals import read_refusals, write_refusal
 from distillzoo.bench.rows import list_tables, load_table, select_rows
 from distillzoo.bench.runner import SerialRunner, check_groups
 from distillzoo.bench.sweep import SweepView, sweep_points, sweep_rows
@@ -101,6 +102,7 @@ class Command:
     Attributes:
         plan: What is run.
         results: Finished results by run id.
+        reasons: Why runs have no result, by run id, where a method cannot work on a pair.
         view: What the records make at the end.
     """
 
@@ -132,6 +134,7 @@ class Command:
         with console.explained("Reading the data: every file is looked at, and its content becomes part of the runs' ids ..."):
             self.plan = self._plan()
         self.results: dict[str, dict[str, Any]] = {}
+        self.reasons: dict[str, str] = {}
         self.view: Table | SweepView | None = None
         self._held = ExitStack()
         self._locked = False
@@ -152,7 +155,12 @@ class Command:
         except (DataError, OptionError) as error:
             if options.data_root is not None and isinstance(error, OptionError):
                 raise
-            found = recorded_data(options.output, recipe) if options.action == "table-only" else None
+            if options.action != "table-only":
+                raise
+            found = recorded_data(options.output, recipe)
+            several = several_sets(options.output, recipe)
+            if found is None and several:
+                raise DataError(f"{error} {several}") from error
             if found is None:
                 raise
             return found
@@ -184,7 +192,6 @@ class Command:
     def _run(self) -> int:
         self._read_results()
         groups = self.plan.groups(self.results)
-        reasons: dict[str, str] = {}
         failed = False
         action = self.options.action
         if action == "table-only" and not self.options.output.is_dir():
@@ -197,23 +204,30 @@ class Command:
                 if job.imported and self.teachers.find(job) is None:
                     self.teachers.check_import(job, fetch=action != "dry-run")
         if groups and action != "table-only":
-            groups, reasons = check_groups(groups, lenient=self.recipe.methods in (None, ("all",)))
+            groups, self.reasons = check_groups(groups, lenient=self.recipe.methods in (None, ("all",)))
             if action == "dry-run":
                 from distillzoo.bench.dryrun import estimate
 
-                text, whole = estimate(groups, self.teachers, self.device, self.console.warn)
+                text, whole = estimate(self.plan, groups, self.teachers, self.device, self.console.warn)
                 self.console.say(text)
                 return DONE if whole else FAILED
             self._hold()
+            for run_id, reason in self.reasons.items():
+                write_refusal(self.store.record(run_id), self.plan.runs[run_id].identity, reason)
             runner = SerialRunner(self.plan, self.store, self.teachers, self.device, self.console, self.deadline)
             failed = not runner.run(groups)
             self._read_results()
         if action == "dry-run":
             self.console.say("Nothing is left to run: every record is there.")
             return DONE
-        if action != "table-only":
+        if action == "table-only":
+            self.reasons = read_refusals(self.store, self.plan.runs.keys() - self.results.keys())
+            unused = unused_records(self.options.output, self.plan) if self.show else ""  # series keep several tables in one folder
+            if unused:
+                self.console.warn(f"Note: {unused}")
+        else:
             self.store.check_writable()
-        self.view = self._made_view(reasons)
+        self.view = self._made_view()
         if self.show:
             self._show(self.view)
         diverged = any(result.get("status") != "done" for result in self.results.values())
@@ -226,10 +240,10 @@ class Command:
             if result is not None:
                 self.results[run_id] = {**result, "environment": self.store.environment(record)}
 
-    def _made_view(self, reasons: Mapping[str, str]) -> Table | SweepView:
+    def _made_view(self) -> Table | SweepView:
         if self.options.axes:
             return SweepView(self.plan, self.options.axes, self.results)
-        return make_table(self.plan, self.results, self._teacher_info, reasons)
+        return make_table(self.plan, self.results, self._teacher_info, self.reasons)
 
     def _show(self, view: Table | SweepView) -> None:
         self.console.say("\n" + view.text() + "\n")

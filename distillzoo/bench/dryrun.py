@@ -18,7 +18,7 @@ import torch
 
 from distillzoo.bench.costs import Cost, EnoughError, count_flops, extrapolated
 from distillzoo.bench.networks import make_network, make_teacher
-from distillzoo.bench.plan import Group
+from distillzoo.bench.plan import Group, Plan
 from distillzoo.bench.render import as_text
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.bench.training import GroupTask, student_task
@@ -34,21 +34,32 @@ _PATIENCE = 10.0  # seconds; whoever takes longer is measured over fewer steps, 
 
 
 class _Clock(Observer):
-    """Stops a trainer after a few steps and keeps what one took."""
+    """Stops a trainer after a few steps and keeps what one took.
+
+    An accelerator runs behind the host, so the clock waits for it where its readings count: a step's own end says when it was sent.
+
+    Attributes:
+        wait: Returns once the device has done what it was sent.
+    """
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.start = time.perf_counter()
         self.step_seconds = 0.0
+        self.wait: Callable[[], None] = lambda: None
 
     def on_step(self, report: StepReport) -> None:  # noqa: ARG002 - the interface of an observer
+        if len(self.times) in (0, _WARM_UP, _WARM_UP + _STEPS):
+            self.wait()
         self.times.append(time.perf_counter())
-        slow = len(self.times) > 1 and self.times[-1] - self.start > _PATIENCE
-        if len(self.times) > _WARM_UP + _STEPS or slow:
-            first = min(_WARM_UP, len(self.times) - 2)
-            steps = [after - before for before, after in itertools.pairwise(self.times[first:])]
-            self.step_seconds = sum(steps) / len(steps)
-            raise EnoughError
+        if len(self.times) > 1 and self.times[-1] - self.start > _PATIENCE:
+            self.wait()
+            self.times[-1] = time.perf_counter()
+        elif len(self.times) <= _WARM_UP + _STEPS:
+            return
+        first = _WARM_UP if len(self.times) > _WARM_UP + 1 else 0
+        self.step_seconds = (self.times[-1] - self.times[first]) / (len(self.times) - 1 - first)
+        raise EnoughError
 
     def on_epoch(self, report: EpochReport) -> None:  # an epoch shorter than the measurement
         self.step_seconds = report.seconds / max(1, len(self.times))
@@ -90,6 +101,7 @@ def _measure(task: GroupTask) -> Cost:
     clock = _Clock()
     _reset_peak(task.device)
     trainer = task.trainer(clock)
+    clock.wait = partial(_wait, trainer)
     first_epochs = [sum(phase.epochs or 0 for phase in member.phases[:-1]) for member in trainer.members.values()]
     for member in trainer.members.values():
         while member.phase_number < len(member.phases) - 1:
@@ -108,11 +120,19 @@ def _measure(task: GroupTask) -> Cost:
     return Cost(steps * (epochs + max(first_epochs)), clock.step_seconds, seconds / 60, memory, evaluation / 60)
 
 
+def _wait(trainer: Trainer) -> None:
+    """Wait for the device: read one value of every member to the host, which takes until it is there, on any device."""
+    for member in trainer.members.values():
+        weight = next(member.distiller.parameters())
+        weight[(0,) * weight.ndim].item()
+
+
 def _evaluation_seconds(trainer: Trainer, task: GroupTask) -> float:
     """Measure a batch of the evaluation of all members."""
     for member in trainer.members.values():
         member.distiller.eval()
     predict = {name: member.predict for name, member in trainer.members.items()}
+    _wait(trainer)
     start = time.perf_counter()
     batches = 0
     while batches < _EVAL_BATCHES and (not batches or time.perf_counter() - start < _PATIENCE):
@@ -144,11 +164,14 @@ def _peak(device: torch.device) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
-def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.device, say: Callable[[str], None]) -> tuple[str, bool]:
+def estimate(
+    plan: Plan, groups: Sequence[Group], teachers: TeacherStore, device: torch.device, say: Callable[[str], None]
+) -> tuple[str, bool]:
     """Return a table of what every missing teacher and every group will cost on this machine, and whether all could be measured.
 
     Args:
-        groups: What is left to run.
+        plan: The plan.
+        groups: What is left to run of it.
         teachers: Which teachers are there.
         device: Where it would run.
         say: Told what is being measured.
@@ -190,8 +213,8 @@ def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.devi
     total = sum(cost.minutes for _, _, cost in entries)
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     table = as_text(["group", "members", "steps", "ms/step", "minutes", "peak MiB", "TFLOP/step", "hours"], lines)
-    runs = sum(len(group.runs) for group in groups)
-    cells = len({(str(group.pair), run.row.label) for group in groups for run in group.runs})
+    left = {run.id for group in groups for run in group.runs}
+    cells = {(cell.pair, cell.row.label) for cell in plan.cells if cell.run.id in left}
     how = f"measured over at most {_STEPS} steps of every kind of group; nothing was written"
     tried = sorted({size for _, _, cost in entries for size in cost.tried})
     small = (
@@ -201,7 +224,7 @@ def estimate(groups: Sequence[Group], teachers: TeacherStore, device: torch.devi
     )
     data = "".join(f"\n{text}." for text in dict.fromkeys(group.data.description for group in groups))
     failed = "".join(f"\n{sentence}" for sentence in problems)
-    sum_up = f"In all {total:.1f} minutes ({total / 60:.2f} hours) for {cells} cells of {runs} runs on {where}, {how}."
+    sum_up = f"In all {total:.1f} minutes ({total / 60:.2f} hours) for {len(cells)} cells of {len(left)} runs on {where}, {how}."
     text = f"{table}\n\n{sum_up}{small}{data}{failed}"
     return text, not problems
 

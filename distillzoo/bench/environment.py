@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,11 +17,12 @@ import torch
 
 from distillzoo.errors import OptionError
 
-__all__ = ["COMMIT_VARIABLE", "check_commit", "describe_environment"]
+__all__ = ["COMMIT_VARIABLE", "begun", "check_commit", "describe_environment", "ended"]
 
 COMMIT_VARIABLE = "DISTILLZOO_COMMIT"
 """Environment variable that names the commit where git cannot tell."""
 
+_OF_A_CALL = ("date", "commit", "dirty", "device", "gpu", "cpu", "threads")
 _PACKAGES = ("distillzoo", "torch", "torchvision", "timm", "numpy", "scikit-learn")
 
 
@@ -44,6 +46,41 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "commit": commit,
         "dirty": dirty,
     }
+
+
+def begun(environment: Mapping[str, Any], before: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+    """Return the environment of a call with all calls that have trained a run: those before it, and itself.
+
+    Args:
+        environment: That of the call.
+        before: What the record tells of earlier calls; a record from before calls were written counts as one.
+        epochs: Epochs that earlier calls trained and this one takes up. What was trained beyond them is lost and not told.
+    """
+    earlier = before.get("calls", [before])
+    calls, left = [], epochs
+    for call in earlier if isinstance(earlier, list) else []:
+        took = min(left, call["epochs"] if isinstance(call.get("epochs"), int) else left) if isinstance(call, Mapping) else 0
+        if took > 0:
+            calls.append({**_call(call), "epochs": took})
+            left -= took
+    return {**environment, "calls": [*calls, {**_call(environment), "epochs": None}]}
+
+
+def ended(environment: Mapping[str, Any], begun_as: Mapping[str, Any], epochs: int) -> dict[str, Any]:
+    """Return the environment at the end of a run's last call, with the epochs that this call trained.
+
+    Args:
+        environment: That of the call.
+        begun_as: What :func:`begun` returned when it began.
+        epochs: Epochs of the whole run.
+    """
+    *earlier, last = begun_as["calls"]
+    took = epochs - sum(call["epochs"] for call in earlier)
+    return {**environment, "calls": [*earlier, *([{**last, "epochs": took}] if took > 0 or not earlier else [])]}
+
+
+def _call(environment: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: environment.get(key) for key in _OF_A_CALL}
 
 
 @functools.cache

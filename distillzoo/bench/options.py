@@ -267,7 +267,7 @@ def _recipe(given: argparse.Namespace, overrides: Sequence[tuple[str, str]], axe
             raise OptionError(unknown_name("split", given.split, ["test", "heldout"], listed="Allowed"))
         recipe = recipe if given.split == recipe.split else apply_override(recipe, "split", given.split)
     elif axes and recipe.split == "test":
-        recipe = replace(recipe, split="heldout")
+        recipe = apply_override(recipe, "split", "heldout")
     return recipe
 
 

@@ -126,10 +126,9 @@ class Meter:
             self._bar.n = self._done
             self._bar.refresh()
 
-    def check_time(self) -> None:
-        """Raise :class:`TimeIsUp` once the deadline is over."""
-        if time.monotonic() > self._deadline:
-            raise TimeIsUp
+    def time_is_up(self) -> bool:
+        """Return whether the deadline is over."""
+        return time.monotonic() > self._deadline
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
@@ -172,14 +171,12 @@ class GroupProgress:
         """
         self._meter.skip(steps * (min(epochs) * self._shared + sum(epochs) * self._member))
 
-    def step(self, report: StepReport) -> None:
-        """Count a step; first phases are shown and not counted, as the plan does not know their length.
+    def time_is_up(self) -> bool:
+        """Return whether the plan's time is over."""
+        return self._meter.time_is_up()
 
-        Raises:
-            TimeIsUp: With the first step of an epoch, when the epoch before is written down.
-        """
-        if report.step == 1:
-            self._meter.check_time()
+    def step(self, report: StepReport) -> None:
+        """Count a step; first phases are shown and not counted, as the plan does not know their length."""
         work = self._shared + report.active * self._member if report.phase == "main" else 0.0
         phase = "" if report.phase == "main" else f"{report.phase} "
         self._meter.advance(work, f"{self._label}: {phase}epoch {report.epoch + 1}/{report.epochs}")

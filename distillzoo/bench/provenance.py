@@ -7,7 +7,7 @@ from typing import Any
 
 from distillzoo.bench.plan import Cell
 
-__all__ = ["teachers_sentence"]
+__all__ = ["named_rows", "teachers_sentence"]
 
 
 def teachers_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -30,7 +30,7 @@ def teachers_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, 
     said = []
     for several in (by_digest for by_digest in taught.values() if len(by_digest) > 1):
         parts = [
-            f"{known[digest]['accuracy']:.2f} % (sha256 {digest[:8]}) taught {_named(own, students)}"
+            f"{known[digest]['accuracy']:.2f} % (sha256 {digest[:8]}) taught {named_rows(own, students)}"
             for digest, own in several.items()
         ]
         name = known[next(iter(several))]["name"]
@@ -39,11 +39,16 @@ def teachers_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, 
     return " ".join(said)
 
 
-def _named(own: Sequence[Cell], students: Sequence[Cell]) -> str:
-    """Name rows, with their seeds unless they are all the seeds of the row."""
+def named_rows(own: Sequence[Cell], everyone: Sequence[Cell]) -> str:
+    """Name rows, with their seeds unless they are all the seeds of the row.
+
+    Args:
+        own: Cells of these rows.
+        everyone: All cells that are compared, of these rows and others.
+    """
     parts = []
     for label in dict.fromkeys(cell.row.label for cell in own):
-        seeds, everyone = ([cell.seed for cell in cells if cell.row.label == label] for cells in (own, students))
+        seeds, every = ([cell.seed for cell in cells if cell.row.label == label] for cells in (own, everyone))
         listed = f" seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(set(seeds))))}"
-        parts.append(label if len(seeds) == len(everyone) else f"{label}{listed}")
+        parts.append(label if len(seeds) == len(every) else f"{label}{listed}")
     return ", ".join(parts)

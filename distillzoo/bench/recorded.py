@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from distillzoo.bench.plan import Plan
 from distillzoo.bench.recipe import Recipe
+from distillzoo.bench.records import canonical_json
 from distillzoo.data import SplitName
 from distillzoo.errors import DataError
 from distillzoo.types import DataSpec, Loader
 
-__all__ = ["RecordedDataSet", "recorded_data"]
+__all__ = ["RecordedDataSet", "recorded_data", "several_sets", "unused_records"]
+
+_DIFFERENCES = {
+    "results_version": "of another version",
+    "data": "of other images, another split or augmentation",
+    "student": "of other students",
+    "config": "trained otherwise",
+    "method": "of other methods",
+    "options": "with other options",
+    "weights": "with other weights",
+    "taps": "with other taps",
+    "seed": "of other seeds",
+    "teacher": "of other teachers",
+}
+"""Parts of a run's identity, and what is said of a record that differs in them."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +90,79 @@ def recorded_data(root: Path, recipe: Recipe) -> RecordedDataSet | None:
         root: Folder of the records.
         recipe: Whose data set and split are looked for.
     """
-    found: dict[tuple[str, str], str] = {}
-    name = f"{recipe.dataset}_packed" if recipe.data.get("packed") else recipe.dataset  # another protocol
+    found = _recorded_sets(root, recipe)
+    if len(found) != 1:
+        return None
+    (digest, augment), (description, *_) = next(iter(found.items()))
+    return RecordedDataSet(_name(recipe), recipe.split, digest, description, None if augment == "None" else _Written(augment))
+
+
+def several_sets(root: Path, recipe: Recipe) -> str:
+    """Say that a folder has records of several sets of images or augmentations under one name; empty if it has not.
+
+    Args:
+        root: Folder of the records.
+        recipe: Whose data set and split are looked for.
+    """
+    found = _recorded_sets(root, recipe)
+    if len(found) < 2:
+        return ""
+    listed = ", ".join(
+        f"{len(descriptions)} of {digest[:8]} with augmentation {augment}" for (digest, augment), descriptions in found.items()
+    )
+    count = sum(map(len, found.values()))
+    return (
+        f"{count} finished records of {_name(recipe)} (split: {recipe.split}) are not used: they are of {len(found)} sets of "
+        f"images or augmentations ({listed}), and a table is of one."
+    )
+
+
+def unused_records(root: Path, plan: Plan) -> str:
+    """Say how many finished records of a folder a plan does not ask for, and by what they differ; empty if there are none.
+
+    Args:
+        root: Folder of the records.
+        plan: The plan of a table.
+    """
+    runs = plan.runs
+    asked = {name: {canonical_json(run.identity.get(name)) for run in runs.values()} for name in _DIFFERENCES}
+    reasons: Counter[str] = Counter()
+    count = 0
+    for run_id, result in _finished(root):
+        count += 1
+        if run_id not in runs:
+            differs = (name for name, known in asked.items() if canonical_json(result["identity"].get(name)) not in known)
+            reasons[_DIFFERENCES.get(next(differs, ""), "in another combination")] += 1
+    if not reasons:
+        return ""
+    listed = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
+    return f"{reasons.total()} of {count} finished records in this folder are not asked for by this table: {listed}."
+
+
+def _name(recipe: Recipe) -> str:
+    return f"{recipe.dataset}_packed" if recipe.data.get("packed") else recipe.dataset  # another protocol
+
+
+def _finished(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Return id and content of the folder's finished records that say what they are of."""
     for path in sorted(root.glob("*/result.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            data, description = result["identity"]["data"], str(result["data"])
-            if (data["name"], data["split"]) == (name, recipe.split):
-                found[str(data["digest"]), str(data["augment"])] = description
+            canonical_json(result["identity"]["data"])
+            canonical_json(result["identity"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # damaged: whoever reads the record as a record says so
-    if len(found) != 1:
-        return None
-    (digest, augment), description = next(iter(found.items()))
-    return RecordedDataSet(name, recipe.split, digest, description, None if augment == "None" else _Written(augment))
+        yield path.parent.name, result
+
+
+def _recorded_sets(root: Path, recipe: Recipe) -> dict[tuple[str, str], list[str]]:
+    """Return digest and augmentation of the data sets that have a recipe's name and split, with a description for each record."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for _, result in _finished(root):
+        data = result["identity"]["data"]
+        try:
+            if (data["name"], data["split"]) == (_name(recipe), recipe.split):
+                found.setdefault((str(data["digest"]), str(data["augment"])), []).append(str(result["data"]))
+        except (KeyError, TypeError):
+            continue
+    return found

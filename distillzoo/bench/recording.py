@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from distillzoo.bench.progress import TimeIsUp
 from distillzoo.bench.records import Record, atomic
 from distillzoo.data import DataSet
 from distillzoo.engine import EpochReport, MemberResult, Observer, StepReport, Trainer
 
 __all__ = ["GroupRecorder", "describe_classes", "metrics_line", "save_weights"]
 
-_SAVE_SECONDS = 20.0  # between two checkpoints of a member: epochs of digits take less than a second
+_SAVE_SECONDS = 20.0  # between two checkpoints of a group: epochs of digits take less than a second
 
 Finish = Callable[[str, MemberResult, nn.Module | None], None]
 
@@ -39,30 +40,50 @@ class GroupRecorder(Observer):
         records: The record of every member.
         advance: Told of every step, for the progress bar.
         finish: Writes a member's result: its name, how it ended, and the student if it trained to the end.
+        time_is_up: Whether training is to stop at the end of the epoch.
     """
 
-    def __init__(self, records: Mapping[str, Record], advance: Callable[[StepReport], None], finish: Finish) -> None:
+    def __init__(
+        self,
+        records: Mapping[str, Record],
+        advance: Callable[[StepReport], None],
+        finish: Finish,
+        time_is_up: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.records = records
         self.trainer: Trainer | None = None
         self._advance = advance
         self._finish = finish
-        now = time.monotonic()
-        self._saved = dict.fromkeys(records, now)
+        self._time_is_up = time_is_up
+        self._saved = time.monotonic()
+        self._saving: bool | None = None  # whether this epoch's members are saved: one answer for all of them
+        self._stopping: bool | None = None  # whether time was up at the end of the last epoch; not known before the first one
 
     def on_step(self, report: StepReport) -> None:
-        """Move the bar."""
+        """Move the bar.
+
+        Raises:
+            TimeIsUp: With the first step after an epoch whose end was too late, all of whose members are saved.
+        """
+        if report.step == 1 and (self._time_is_up() if self._stopping is None else self._stopping):
+            raise TimeIsUp
+        self._saving = None
         self._advance(report)
 
     def on_epoch(self, report: EpochReport) -> None:
-        """Write the member's checkpoint, unless it was written a moment ago."""
-        name = report.member
-        if self.trainer is None or time.monotonic() - self._saved[name] < _SAVE_SECONDS:
+        """Write the member's checkpoint, unless the group's were written a moment ago and there is time for more epochs."""
+        if self.trainer is None:
             return
-        record = self.records[name]
-        state = self.trainer.state(name)
-        record.write_metrics([metrics_line(line) for line in self.trainer.members[name].history])
+        if self._saving is None:
+            self._stopping = self._time_is_up()
+            self._saving = self._stopping or time.monotonic() - self._saved >= _SAVE_SECONDS
+        if not self._saving:
+            return
+        record = self.records[report.member]
+        state = self.trainer.state(report.member)
+        record.write_metrics([metrics_line(line) for line in self.trainer.members[report.member].history])
         record.save_checkpoint(state)
-        self._saved[name] = time.monotonic()
+        self._saved = time.monotonic()
 
     def on_end(self, member: str, result: MemberResult) -> None:
         """Write the member's result."""

@@ -19,6 +19,7 @@ from distillzoo.errors import OptionError, RecordError
 __all__ = ["Record", "RecordStore", "canonical_json", "content_id"]
 
 ID_LENGTH = 16
+REFUSED = "refused.json"
 _GUARDED = ("recipe.yaml", "metrics.jsonl", "student.safetensors", "model.safetensors")
 
 
@@ -93,6 +94,7 @@ class Record:
         self.path.mkdir(parents=True, exist_ok=True)
         for left_over in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
             left_over.unlink(missing_ok=True)
+        (self.path / REFUSED).unlink(missing_ok=True)  # an earlier code refused what this one trains
         self.write_text("recipe.yaml", dump_yaml(dict(recipe)))
         self.write_json("env.json", environment)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -34,6 +35,15 @@ class Spread:
     def sd(self) -> float | None:
         """Standard deviation with n - 1, ``None`` of fewer than two values."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def holds_zero(self) -> bool:
+        """Whether a 95 % interval of the mean by Student's t (n - 1 degrees of freedom) holds zero; of one value it does."""
+        if self.mean is None or self.sd is None:
+            return True
+        from scipy.stats import t as student_t  # takes a second to import
+
+        return abs(self.mean) <= float(student_t.ppf(0.975, self.n - 1)) * self.sd / math.sqrt(self.n)
 
     def text(self, *, signed: bool = False) -> str:
         """Write ``mean ± sd``; ``-`` stands for what one value, or none, does not give."""

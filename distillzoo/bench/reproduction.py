@@ -14,6 +14,7 @@ from distillzoo.bench.plan import Plan, TeacherJob, make_plan
 from distillzoo.bench.recipe import Recipe
 from distillzoo.bench.recorded import RecordedDataSet, recorded_data
 from distillzoo.bench.records import RecordStore
+from distillzoo.bench.refusals import read_refusals
 from distillzoo.bench.render import Spread, spread
 from distillzoo.bench.rows import load_table
 from distillzoo.bench.table import Block, Line, Table, make_table
@@ -50,7 +51,8 @@ def recorded_table(recipe: Recipe, folder: Path, teachers: Sequence[Path], say: 
     def teacher_info(job: TeacherJob) -> Mapping[str, Any] | None:
         return stored.describe(job, results)
 
-    return plan, make_table(plan, results, teacher_info)
+    reasons = read_refusals(store, plan.runs.keys() - results.keys())
+    return plan, make_table(plan, results, teacher_info, reasons)
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,11 @@ class Comparison:
 
     @property
     def doubt(self) -> str:
-        """Why the sign of the mean says little: ``"one seed"``, ``"inside the spread"`` (two standard errors), or nothing."""
+        """Why the sign of the mean says little: ``"one seed"``, ``"inside the spread"`` (Student's t), or nothing."""
         found = self.differences
-        if found.mean is None or found.sd is None:
+        if found.n < 2:
             return "one seed" if found.n else ""
-        return "inside the spread" if abs(found.mean) <= 2 * found.sd / math.sqrt(found.n) else ""
+        return "inside the spread" if found.holds_zero else ""
 
     def text(self) -> str:
         """Write the differences, how many they are, and the doubt."""

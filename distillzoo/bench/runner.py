@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from distillzoo.bench.environment import describe_environment
+from distillzoo.bench.environment import begun, describe_environment, ended
 from distillzoo.bench.networks import build_members, count_parameters, make_network, make_teacher
 from distillzoo.bench.plan import Group, Plan, Run, TeacherJob
 from distillzoo.bench.progress import Console, GroupProgress, Meter
 from distillzoo.bench.recording import describe_classes, metrics_line, save_weights
-from distillzoo.bench.records import RecordStore
+from distillzoo.bench.records import RecordStore, content_id
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.bench.training import forward_cost, student_task
 from distillzoo.bench.views import view_spec
@@ -174,12 +174,19 @@ class SerialRunner:
         taught = {run_id: stored.sha256 for run_id, run in runs.items() if stored is not None and run.teacher is not None}
         records = {run_id: self.store.record(run_id, taught.get(run_id)) for run_id in runs}
 
-        def begin(run_id: str) -> None:
-            run = runs[run_id]
-            records[run_id].begin({"method": run.row.method, **run.identity}, describe_environment(self.device))
+        together = {"group": content_id(sorted(runs))}
+        environments: dict[str, dict[str, Any]] = {}
+
+        def begin(run_id: str, epochs: int) -> None:
+            run, record = runs[run_id], records[run_id]
+            environment = {**describe_environment(self.device), **together}
+            environments[run_id] = begun(environment, self.store.environment(record), epochs)
+            record.begin({"method": run.row.method, **run.identity}, environments[run_id])
 
         def finish(run_id: str, result: MemberResult, student: nn.Module | None) -> None:
-            self._finish(runs[run_id], result, student, described)
+            environment = {**describe_environment(self.device), **together}
+            where = ended(environment, environments[run_id], len(result.history))
+            self._finish(runs[run_id], result, student, described, where)
 
         task = student_task(group, teacher, self.device, records)
         self._started = time.monotonic()
@@ -189,7 +196,9 @@ class SerialRunner:
         figures = [f"{title} {accuracy:.2f}" for title, accuracy in last.items() if accuracy is not None]
         self.console.say(f"{group.pair} seed {group.seed}: {', '.join(figures)}.")
 
-    def _finish(self, run: Run, result: MemberResult, student: nn.Module | None, teacher: dict[str, Any] | None) -> None:
+    def _finish(
+        self, run: Run, result: MemberResult, student: nn.Module | None, teacher: dict[str, Any] | None, where: dict[str, Any]
+    ) -> None:
         record = self.store.record(run.id)
         if result.status == "failed":  # not a result: memory ran out, say; the next call tries again
             self._failed(run.id, f"{run.row.label} on {run.pair}, seed {run.seed}, failed: {result.message}")
@@ -200,7 +209,7 @@ class SerialRunner:
         record.write_json(
             "env.json",
             {
-                **describe_environment(self.device),
+                **where,
                 "group_seconds": round(seconds, 3),
                 "group_size": max((report.group_size for report in result.history), default=0),
                 "wall_seconds_of_last_call": round(time.monotonic() - self._started, 3),

@@ -7,8 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distillzoo.bench.captions import Results, accuracy_text, ended_by_seed, ended_text, figures_by_seed, protocol_note
+from distillzoo.bench.captions import (
+    SPREAD_NOTE,
+    Results,
+    accuracy_text,
+    ended_by_seed,
+    ended_text,
+    figures_by_seed,
+    protocol_note,
+)
 from distillzoo.bench.checks import check_list
+from distillzoo.bench.places import cost_sentence, places_sentence
 from distillzoo.bench.plan import Cell, Plan
 from distillzoo.bench.provenance import teachers_sentence
 from distillzoo.bench.recipe import Recipe, apply_override
@@ -207,11 +216,12 @@ class SweepView:
         )
         counts = [entry.figures.n for entry in self._entries()]
         described = "; ".join(dict.fromkeys(cell.run.data.description for cell in self.plan.cells))
-        taught = teachers_sentence(self.plan.cells, self.results)
+        said = [say(self.plan.cells, self.results) for say in (teachers_sentence, places_sentence, cost_sentence)]
         return (
             f"{described} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
-            f"over seeds; differences inside the spread mean nothing. {chosen} {protocol_note(self.plan, counts)} {taught}"
-        ).strip()
+            f"over seeds. Differences between rows are paired over seeds; {SPREAD_NOTE} {chosen} {protocol_note(self.plan, counts)}"
+            f"{''.join(f' {sentence}' for sentence in said if sentence)}"
+        )
 
     def text(self) -> str:
         """Return the table for a terminal."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from distillzoo.bench.captions import (
@@ -21,7 +21,7 @@ from distillzoo.bench.recipe import Pair
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
 from distillzoo.bench.rows import Row
 
-__all__ = ["NOT_APPLICABLE", "Block", "Line", "Table", "make_table"]
+__all__ = ["NOT_APPLICABLE", "Block", "Line", "Table", "count_cells", "make_table"]
 
 NOT_APPLICABLE = "not applicable"
 
@@ -40,6 +40,7 @@ class Line:
         protocols: By source, under which other protocol its figure came about.
         ended: How seeds ended that have a result and no figure, by seed.
         applies: Whether the method works on the pair.
+        runs: Ids of its runs by seed; rows that read no teacher share theirs between pairs.
     """
 
     row: Row
@@ -51,6 +52,7 @@ class Line:
     protocols: Mapping[str, str] = field(default_factory=dict)
     ended: Mapping[int, str] = field(default_factory=dict)
     applies: bool = True
+    runs: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def missing(self) -> str:
@@ -79,6 +81,15 @@ class Line:
         mean = self.spreads()[0].mean
         ours = "" if mean is None else f" ({mean - value:+.2f})"
         return f"{value:.2f}{'*' if source in self.protocols else ''}{ours}"
+
+
+def count_cells(lines: Sequence[Line]) -> tuple[int, int]:
+    """Return how many cells have all of their seeds, and how many have some.
+
+    Args:
+        lines: The cells, rows of pairs.
+    """
+    return sum(len(line.last) == line.asked for line in lines), sum(0 < len(line.last) < line.asked for line in lines)
 
 
 @dataclass(frozen=True)
@@ -125,14 +136,13 @@ class Table:
     def count(self) -> str:
         """How many cells (rows of pairs) have all or some of their seeds, and how many runs; empty for one pair without gaps."""
         lines = [line for block in self.blocks for line in block.lines if line.applies]
-        done = sum(len(line.last) == line.asked for line in lines)
+        done, part = count_cells(lines)
         if done == len(lines) and len(self.blocks) == 1:
             return ""
-        part = sum(0 < len(line.last) < line.asked for line in lines)
-        ended = sum(len(line.ended) for line in lines)
-        runs, asked = sum(len(line.last) for line in lines), sum(line.asked for line in lines)
+        runs, ended = ({line.runs[seed] for line in lines for seed in getattr(line, kind)} for kind in ("last", "ended"))
+        asked = {run_id for line in lines for run_id in line.runs.values()}
         there = f"{done} of {len(lines)} cells are there{f', {part} in part' if part else ''}"
-        return f"{there} ({runs} of {asked} runs{f'; {ended} diverged' if ended else ''})."
+        return f"{there} ({len(runs)} of {len(asked)} runs{f'; {len(ended)} diverged' if ended else ''})."
 
     def _cells(self, block: Block) -> tuple[list[str], list[list[str]]]:
         sources = list(dict.fromkeys(label for line in block.lines for label, _ in line.published))
@@ -225,6 +235,7 @@ def make_table(plan: Plan, results: Results, teacher_info: TeacherInfo, reasons:
                     plan.table.published_protocols(row.name),
                     ended_by_seed(own, results),
                     bool(last) or not any(cell.run.id in reasons for cell in own),
+                    {cell.seed: cell.run.id for cell in own},
                 )
             )
         info = teacher_info(cells[0].teacher) or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distillzoo.bench.environment import describe_environment
+from distillzoo.bench.environment import begun, describe_environment, ended
 from distillzoo.bench.networks import count_parameters, make_network
 from distillzoo.bench.plan import TeacherJob
 from distillzoo.bench.progress import GroupProgress
@@ -227,8 +228,11 @@ class TeacherStore:
             self._finish(job, record, self._imported(job), device, {}, "float32")
             return self.find(job)
 
-        def begin(_: str) -> None:
-            record.begin({"method": "vanilla", **job.identity}, describe_environment(device))
+        environment: dict[str, Any] = {}
+
+        def begin(_: str, epochs: int) -> None:
+            environment.update(begun(describe_environment(device), self.store.environment(record), epochs))
+            record.begin({"method": "vanilla", **job.identity}, environment)
 
         def finish(_: str, result: MemberResult, network: nn.Module | None) -> None:
             if network is None:
@@ -238,7 +242,8 @@ class TeacherStore:
             seconds = sum(report.seconds for report in result.history)
             images = (job.data.spec.num_samples or 0) * len(result.history)
             speed = {"seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1) if seconds else None}
-            record.write_json("env.json", {**describe_environment(device), **speed})
+            where = ended(describe_environment(device), environment, len(result.history))
+            record.write_json("env.json", {**where, **speed})
             figures = {
                 "trained_accuracy": result.last_accuracy,
                 "best_accuracy": result.best_accuracy,
@@ -270,6 +275,11 @@ class TeacherStore:
         view = as_view(job.view, job.data.spec) or nn.Identity()
         stored.eval()
         accuracy, loss = evaluate_all({"it": lambda images: stored(view(images))}, loader, job.config, device)["it"]
+        if not math.isfinite(loss):
+            raise OptionError(
+                f"The loss of the teacher {job.name} on the evaluation images is {loss}, and must be finite; give another "
+                "checkpoint, or train it with a lower --teacher.lr."
+            )
         record.finish(
             {
                 "identity": job.identity,

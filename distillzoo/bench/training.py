@@ -79,23 +79,23 @@ class GroupTask:
         )
 
     def run(
-        self, store: RecordStore, begin: Callable[[str], None], progress: GroupProgress, finish: Finish
+        self, store: RecordStore, begin: Callable[[str, int], None], progress: GroupProgress, finish: Finish
     ) -> dict[str, MemberResult]:
         """Train to the end, from where the records stand.
 
         Args:
             store: Where damaged checkpoints are set aside.
-            begin: Writes the beginning of a member's record.
+            begin: Writes the beginning of a member's record; told its name and how many epochs earlier calls have trained.
             progress: Told of every step.
             finish: Writes a member's result.
         """
-        observer = GroupRecorder(self.records, progress.step, finish)
+        observer = GroupRecorder(self.records, progress.step, finish, progress.time_is_up)
         trainer = self.trainer(observer)
         while not self._restored(trainer, store):
             trainer = self.trainer(observer)
         observer.trainer = trainer
         for name in self.records:
-            begin(name)
+            begin(name, len(trainer.members[name].history))
         epochs = [member.epoch if member.phase.name == "main" else 0 for member in trainer.members.values()]
         progress.resumed(epochs, len(trainer.train))
         return trainer.run()

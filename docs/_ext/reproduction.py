@@ -13,8 +13,9 @@ from sphinx.util import logging
 
 from distillzoo.bench.plan import Plan
 from distillzoo.bench.recipe import find_recipe, load_recipe
+from distillzoo.bench.recorded import several_sets, unused_records
 from distillzoo.bench.reproduction import Comparison, comparisons, deviations, orders, read_explanations, recorded_table
-from distillzoo.bench.table import Table
+from distillzoo.bench.table import Table, count_cells
 
 _BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 _LOG = logging.getLogger(__name__)
@@ -31,20 +32,22 @@ def page(name: str, benchmarks: Path = _BENCHMARKS) -> list[str]:
     plan, table = recorded_table(load_recipe(find_recipe(name, None)), folder, [benchmarks / "teachers"], _LOG.warning)
     lines = [".. code-block:: none", "", *(f"   {line}".rstrip() for line in table.text().splitlines()), ""]
     texts = read_explanations(folder / "reproduction.yaml", plan)
+    unused = several_sets(folder, plan.recipe) or unused_records(folder, plan)
+    lines += [unused, ""] if unused else []
     return [*lines, *_far(table, texts), *_expected(plan, table), *_compared(plan, table)]
 
 
 def _far(table: Table, texts: dict[tuple[str, str], str]) -> list[str]:
-    published = [line for block in table.blocks for line in block.lines if line.published]
-    there = sum(bool(line.last) for line in published)
+    published = [line for block in table.blocks for line in block.lines if line.published and line.applies]
+    there, part = count_cells(published)
     far = deviations(table)
     if not published:
         return ["Nothing is published of this pair.", ""]
-    if not there:
+    if not there + part:
         return [f"None of the {len(published)} cells with a published figure is there yet, so there is nothing to compare.", ""]
     lines = [
-        f"{there} of the {len(published)} cells with a published figure are there; {len(far)} figures are farther from theirs than "
-        "half a point and two standard errors:",
+        f"{there} of the {len(published)} cells with a published figure are there{f', {part} in part' if part else ''}; "
+        f"{len(far)} figures are farther from theirs than half a point and two standard errors:",
         "",
     ]
     for each in far:

@@ -52,7 +52,7 @@ WRONG = [
     (["--kd.temperature", "-1"], "above 0"),
     (["--kd.temperature", "abc"], "The option temperature of kd must be a number; got 'abc'"),
     (["--kd.temperature", "true"], "The option temperature of kd must be a number; got True; the default is 4.0"),
-    (["--kd.temperature", "null"], "'kd' cannot work with temperature = None"),
+    (["--kd.temperature", "null"], "temperature of kd must be a number; got None"),
     (["--kd.temperature", "nan"], "nan"),
     (["--kd.temperature", "inf"], "inf"),
     (["--kd.weights", "imagnet"], "Did you mean 'imagenet'"),

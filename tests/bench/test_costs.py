@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distillzoo.bench import dryrun
-from distillzoo.bench.costs import Cost, count_flops, extrapolated, with_batch
+from distillzoo.bench.costs import Cost, EnoughError, count_flops, extrapolated, with_batch
 from distillzoo.bench.networks import make_network, make_teacher
 from distillzoo.bench.plan import make_plan
 from distillzoo.bench.recipe import Recipe
 from distillzoo.bench.rows import load_table
 from distillzoo.bench.training import GroupTask, student_task
 from distillzoo.data import DataSet
+from distillzoo.engine import StepReport
 from tests.bench.conftest import Call
 
 
@@ -42,6 +44,47 @@ def test_a_step_is_one_pass_of_the_teacher_and_each_members_own(tiny: Recipe, ti
     alone = flops(lambda: student(images).sum().backward())
     assert count_flops(task) == once + 2 * alone, "vanilla and kd: two students, one pass of the teacher"
     assert count_flops(with_batch(task, 24)) == 2 * count_flops(task)
+
+
+def test_the_clock_waits_for_a_device_that_runs_behind_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, device = 0.0, 0.0
+    monkeypatch.setattr(dryrun, "time", SimpleNamespace(perf_counter=lambda: host))
+
+    def wait() -> None:
+        nonlocal host
+        host = max(host, device)
+
+    clock = dryrun._Clock()
+    clock.wait = wait
+
+    def train() -> None:
+        nonlocal host, device
+        for number in range(100):
+            host += 0.001  # to send a step
+            device = max(device, host) + (5.0 if number == 0 else 0.25)  # to do it; the first one takes longer
+            clock.on_step(StepReport("main", 0, 1, number + 1, 100, 1))
+
+    with pytest.raises(EnoughError):
+        train()
+    assert clock.step_seconds == pytest.approx(0.25, abs=0.01)
+    assert len(clock.times) == 13, "two steps and the first to warm up, ten that count"
+
+
+def test_a_dry_run_reads_every_member_before_it_reads_the_clock(
+    tiny: Recipe, tiny_data: Callable[[Recipe], DataSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[int] = []
+    original = dryrun._wait
+    monkeypatch.setattr(dryrun, "_wait", lambda trainer: (waited.append(len(trainer.members)), original(trainer))[1])
+    dryrun._measure(task_of(tiny, tiny_data))
+    assert waited == [2, 2], "in the first step, and before the evaluation; two steps make an epoch here"
+
+
+def test_cells_and_runs_are_counted_as_the_table_counts_them(call: Call, recipe_file: str) -> None:
+    pairs = "tinycnn_32:tinycnn_8,tinycnn_8:tinycnn_8"
+    arguments = ["--recipe", recipe_file, "--pairs", pairs, "--seeds", "0"]
+    assert "for 4 cells of 3 runs on" in call(*arguments, "--dry-run").out, "the student alone is the same in both pairs"
+    assert "0 of 4 cells are there (0 of 3 runs)." in call(*arguments, "--table-only").out
 
 
 def test_straight_lines_are_told_from_two_points(tiny: Recipe, tiny_data: Callable[[Recipe], DataSet]) -> None:

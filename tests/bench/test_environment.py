@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distillzoo.bench import environment
-from distillzoo.bench.environment import COMMIT_VARIABLE, describe_environment
+from distillzoo.bench.environment import COMMIT_VARIABLE, begun, describe_environment, ended
 from distillzoo.errors import OptionError
 from tests.bench.conftest import Call
 
@@ -94,3 +94,29 @@ def test_a_variable_that_names_no_commit_is_a_sentence(
     outcome = call("--recipe", recipe_file, "--output", str(tmp_path / "runs"))
     assert (outcome.code, outcome.err.count("\n"), wrong in outcome.err) == (2, 1, True)
     assert not (tmp_path / "runs").exists()
+
+
+def test_calls_are_kept_with_the_epochs_that_each_trained() -> None:
+    def told(environment: dict[str, object]) -> list[tuple[object, object]]:
+        return [(call["threads"], call["epochs"]) for call in environment["calls"]]  # type: ignore[attr-defined]
+
+    first = begun({"threads": 1, "versions": {}}, {}, 0)
+    assert told(first) == [(1, None)]
+    assert "versions" not in first["calls"][0]
+    assert told(ended({"threads": 1}, first, 8)) == [(1, 8)]
+    second = begun({"threads": 2}, first, 3)
+    assert told(second) == [(1, 3), (2, None)]
+    third = begun({"threads": 4}, second, 5)
+    assert told(third) == [(1, 3), (2, 2), (4, None)]
+    assert told(ended({"threads": 4}, third, 8)) == [(1, 3), (2, 2), (4, 3)]
+    assert told(ended({"threads": 4}, third, 5)) == [(1, 3), (2, 2)], "it wrote the result and trained nothing"
+    assert told(begun({"threads": 4}, second, 3)) == [(1, 3), (4, None)], "what the second call trained is lost"
+    assert told(begun({"threads": 4}, third, 2)) == [(1, 2), (4, None)], "an older checkpoint was put back"
+    assert told(begun({"threads": 4}, third, 0)) == [(4, None)], "all of it is lost"
+
+
+def test_a_record_from_before_calls_were_written_counts_as_one() -> None:
+    calls = begun({"threads": 2}, {"threads": 1, "commit": SHA, "group_seconds": 3.0}, 4)["calls"]
+    assert [(call["threads"], call["commit"], call["epochs"]) for call in calls] == [(1, SHA, 4), (2, None, None)]
+    assert [call["epochs"] for call in begun({}, {"calls": [3, {"epochs": "x"}]}, 4)["calls"]] == [4, None]
+    assert [call["epochs"] for call in begun({}, {"calls": "junk"}, 4)["calls"]] == [None]

@@ -16,6 +16,8 @@ from torch import Tensor
 from distillzoo import Distiller, register_distiller
 from distillzoo.bench.choice import Search, Swept, choose, table_text
 from distillzoo.bench.progress import Console
+from distillzoo.bench.recipe import load_recipe
+from distillzoo.bench.reproduction import recorded_table
 from distillzoo.errors import UnsupportedPairError
 from distillzoo.registry import DISTILLERS
 from distillzoo.types import Requires
@@ -166,6 +168,18 @@ class _Diverging(Distiller):
         return {"loss": student.logits.sum() * torch.where(self.step >= 2, float("nan"), 0.0)}
 
 
+class _Ruined(_Diverging):
+    """Has weights that are not finite after its last step, of which no loss tells any more."""
+
+    def distill_terms(self, student: Any, teacher: Any, batch: Any) -> dict[str, Tensor]:
+        return {"loss": student.logits.sum() * 0.0}
+
+    def after_step(self) -> None:
+        with torch.no_grad():
+            for weight in self.student.parameters():
+                weight.mul_(torch.where(self.step >= 6, float("nan"), 1.0))
+
+
 class _Failing(_Diverging):
     """Raises what no one expects."""
 
@@ -183,10 +197,10 @@ class _Picky(_Diverging):
 
 @pytest.fixture
 def bad_methods() -> Iterator[None]:
-    for name, cls in (("zz_diverging", _Diverging), ("zz_failing", _Failing), ("zz_picky", _Picky)):
+    for name, cls in (("zz_diverging", _Diverging), ("zz_failing", _Failing), ("zz_picky", _Picky), ("zz_ruined", _Ruined)):
         register_distiller(name)(cls)
     yield
-    for name in ("zz_diverging", "zz_failing", "zz_picky"):
+    for name in ("zz_diverging", "zz_failing", "zz_picky", "zz_ruined"):
         DISTILLERS._items.pop(name)
 
 
@@ -215,6 +229,20 @@ def test_a_diverged_member_leaves_the_others_alone(finished: Path, call: Call, r
 
 
 @pytest.mark.usefixtures("bad_methods")
+def test_a_member_that_is_lost_in_its_last_step_leaves_the_others_alone(
+    finished: Path, call: Call, recipe_file: str, tmp_path: Path
+) -> None:
+    arguments = ["--recipe", recipe_file, "--output", str(tmp_path / "runs"), "--seeds", "0"]
+    outcome = call(*arguments, "--methods", "vanilla,zz_ruined,kd")
+    assert outcome.code == 1
+    assert "diverged: not finite by step 6 (epoch 3): loss on the evaluation images" in outcome.err
+    found = records(tmp_path / "runs")
+    assert json.loads((found["zz_ruined", 0] / "result.json").read_text())["status"] == "diverged"
+    for method in ("vanilla", "kd"):
+        assert (found[method, 0] / "result.json").read_bytes() == (records(finished)[method, 0] / "result.json").read_bytes()
+
+
+@pytest.mark.usefixtures("bad_methods")
 @pytest.mark.parametrize(("method", "code"), [("zz_diverging", 0), ("zz_failing", 1)])
 def test_a_weight_that_diverges_is_an_outcome_of_a_search(method: str, code: int, recipe_file: str, tmp_path: Path) -> None:
     table = tmp_path / "table.yaml"
@@ -239,7 +267,9 @@ def test_a_failed_group_leaves_the_others_alone(call: Call, recipe_file: str, tm
 
 
 @pytest.mark.usefixtures("bad_methods")
-def test_a_method_that_cannot_work_on_the_pair(call: Call, recipe_file: str, tmp_path: Path) -> None:
+def test_a_method_that_cannot_work_on_the_pair(
+    call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "runs"
     outcome = call("--recipe", recipe_file, "--output", str(output), "--methods", "vanilla,zz_picky")
     assert (outcome.code, output.exists()) == (2, False)
@@ -252,3 +282,15 @@ def test_a_method_that_cannot_work_on_the_pair(call: Call, recipe_file: str, tmp
     assert outcome.code == 0, outcome.err
     assert "not applicable" in outcome.out
     assert "Picky works on no pair" in outcome.out
+    again = call("--recipe", recipe_file, "--output", str(output), "--seeds", "0", "--table-only")
+    assert again.code == 0
+    assert outcome.out.endswith(again.out), "a table of records alone knows the reason too"
+    made = recorded_table(load_recipe(recipe), output, [], pytest.fail)[1].blocks[0].lines
+    assert [(line.row.name, line.applies) for line in made] == [("vanilla", True), ("zz_picky", False)]
+    (refused,) = output.glob("*/refused.json")
+    refused.write_text(refused.read_text().replace("no pair", "any pair"))
+    assert "missing" in call("--recipe", recipe_file, "--output", str(output), "--seeds", "0", "--table-only").out, "damaged"
+    with monkeypatch.context() as patch:
+        patch.setattr(_Picky, "__init__", _Diverging.__init__)
+        call("--recipe", recipe_file, "--output", str(output), "--seeds", "0")
+    assert not refused.exists(), "once it trains it is not refused"

@@ -52,7 +52,7 @@ def test_the_tables_own_records_are_copied_and_shown(finished: Path, place: Plac
     text = place.shelf.readme.read_text()
     assert text.startswith("Above\n.. table: mine begin\n\n``python benchmarks/run_table.py --recipe FILE --methods kd``::")
     assert text.endswith(".. table: mine end\nBelow\n")
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert "    KD  " in text
     assert place.said[-1] == "2 records in benchmarks/results/mine; README.rst has the table."
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before

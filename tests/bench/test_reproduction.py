@@ -53,6 +53,24 @@ def test_far_is_more_than_half_a_point_and_two_standard_errors(made: tuple[Plan,
     assert found["kd"].sources == ("CRD paper",)
 
 
+@pytest.mark.parametrize(
+    ("distance", "deviation", "far"),
+    [
+        (1.5, 2.0, False),  # between one standard error, 1.15, and two
+        (1.5, 1.0, True),  # beyond two standard errors, 1.15, though within two standard deviations
+        (0.51, 0.01, True),
+        (0.49, 0.01, False),
+    ],
+)
+def test_far_goes_by_standard_errors_of_the_mean(distance: float, deviation: float, far: bool, made: tuple[Plan, Table]) -> None:
+    table = made[1]
+    line = replace(table.blocks[0].lines[0], last={seed: 70.0 + (seed - 1) * deviation for seed in range(3)})
+    for published in (70.0 - distance, 70.0 + distance):
+        own = replace(line, published=(("someone", published),))
+        found = deviations(replace(table, blocks=(replace(table.blocks[0], lines=(own,)),)))
+        assert [each.published for each in found] == ([published] if far else [])
+
+
 def test_figures_that_two_sources_share_count_once(tiny_data: Load) -> None:
     recipe = make_recipe({**TINY, "pairs": [PAIR], "methods": ["at"], "seeds": [0], "table": "cifar100"})
     plan = make_plan(recipe, load_table("cifar100"), tiny_data)
@@ -82,12 +100,16 @@ def test_orders_are_met_or_not_or_not_there_with_what_is_to_be_doubted(made: tup
         ((0.1, -0.1), "inside the spread"),
         ((0.0, 0.0), "inside the spread"),
         ((0.5, 0.5), ""),
-        ((1.0, 2.0, 3.0), ""),  # 2 against 2 x 1 / sqrt(3) = 1.15
-        ((0.1, 1.1, 2.1), "inside the spread"),  # 1.1 against 1.15
-        ((-1.2, -0.2, -2.2), ""),
+        ((1.4, 2.4, 3.4), "inside the spread"),  # 2.4 against 4.30 x 1 / sqrt(3) = 2.48
+        ((1.6, 2.6, 3.6), ""),
+        ((-1.6, -2.6, -3.6), ""),
+        ((1.0, 1.2), "inside the spread"),  # 1.1 against 12.71 x 0.1
+        ((1.3, 1.5), ""),
+        ((0.3, 2.3, 0.3, 2.3, 0.3, 2.3), ""),  # 1.3 against 2.57 x 1.10 / sqrt(6) = 1.15
+        ((0.1, 2.1, 0.1, 2.1, 0.1, 2.1), "inside the spread"),
     ],
 )
-def test_a_mean_within_two_standard_errors_of_zero_is_inside_the_spread(
+def test_a_mean_whose_interval_by_students_t_holds_zero_is_inside_the_spread(
     differences: tuple[float, ...], doubt: str, made: tuple[Plan, Table]
 ) -> None:
     block = made[1].blocks[0]
@@ -148,7 +170,7 @@ def test_explanations_are_texts_of_rows_that_there_are(made: tuple[Plan, Table],
 @pytest.mark.parametrize("name", ["paper", "fast"])
 def test_the_five_pairs_without_any_record(name: str, tmp_path: Path) -> None:
     plan, table = recorded_table(load_recipe(find_recipe(name, "cifar100")), tmp_path / "nothing", [], pytest.fail)
-    assert "0 of 60 cells are there (0 of 180 runs)." in table.text()
+    assert "0 of 60 cells are there (0 of 174 runs)." in table.text()
     assert deviations(table) == []
     assert {order.verdict for order in orders(plan, table)} == {"not there yet"}
     assert not list(tmp_path.iterdir())
@@ -177,6 +199,7 @@ def test_the_page(made: tuple[Plan, Table], tmp_path: Path) -> None:
     assert empty.count("- not there yet") == 30 + 60
     assert "whichever way it falls: 0 of 60 comparisons are there." in empty
     far = "\n".join(page._far(made[1], {(PAIR, "kd"): "Seeds were\nfew."}))
+    assert far.startswith("5 of the 7 cells with a published figure are there, 1 in part; 2 figures are farther")
     assert "**KD, vgg13 to mobilenetv2**: ours 66.20 ± 0.20 (3 seeds), published 67.37 (CRD paper), -1.17. Seeds were few." in far
     assert far.count("The reason is not known yet.") == 1
     expected = page._expected(*made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distillzoo.bench import cli, networks, progress, recording, training
+from distillzoo.engine import Trainer
+from distillzoo.engine.member import Member
 from distillzoo.errors import DataError
 from tests.bench.conftest import Call, Stop, records
 
@@ -112,18 +115,12 @@ def test_minutes_end_with_an_epoch_and_nothing_is_lost(
     outcome = call(*arguments, "--minutes", "0.000001")
     assert (outcome.code, outcome.out) == (130, "")
     assert "The minutes are over" in outcome.err
-    checks = iter(range(100))
-
-    def late(meter: progress.Meter) -> None:
-        if next(checks) == 3:  # two epochs of the teacher, one of the students
-            raise progress.TimeIsUp
-
-    monkeypatch.setattr(recording, "_SAVE_SECONDS", 0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(progress.Meter, "check_time", late)
+    asked = iter(range(100))
+    with monkeypatch.context() as patch:  # asked as the teacher and the students begin, and once at the end of each epoch
+        patch.setattr(progress.Meter, "time_is_up", lambda _: next(asked) >= 4)
         assert call(*arguments).code == 130
     kept = [len((path.parent / "metrics.jsonl").read_text().splitlines()) for path in output.glob("*/last.pt")]
-    assert kept == [1, 1]
+    assert kept == [1, 1], "the students' first epoch, though it took no twenty seconds"
     assert call(*arguments, "--minutes", "60").code == 0
     whole, resumed = records(finished), records(output)
     assert set(whole) == set(resumed)
@@ -148,6 +145,59 @@ def test_a_resumed_run_trains_only_what_is_left(
     )
     assert call("--recipe", recipe_file, "--output", str(output)).code == 0
     assert [epoch for _, epoch in epochs] == [2, 2, 0, 0, 1, 1, 2, 2], "teacher and two epochs of seed 0 were there"
+
+
+def test_env_json_tells_of_every_call(call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, threads = tmp_path / "runs", torch.get_num_threads()
+    arguments = ["--recipe", recipe_file, "--output", str(output)]
+    try:
+        with monkeypatch.context() as patch:
+            Stop(patch, 6)
+            call(*arguments, "--threads", "1")
+        outcome = call(*arguments, "--threads", "2")
+    finally:
+        torch.set_num_threads(threads)
+    assert outcome.code == 0
+    told = {key: json.loads((folder / "env.json").read_text()) for key, folder in records(output).items()}
+    for (method, seed), environment in told.items():
+        calls = [(entry["threads"], entry["epochs"]) for entry in environment["calls"]]
+        assert calls == ([(1, 2), (2, 1)] if seed == 0 else [(2, 3)]), (method, seed)
+        assert {"date", "commit", "dirty", "device"} < environment["calls"][0].keys()
+        assert (environment["threads"], environment["group"]) == (2, told["kd", seed]["group"])
+    assert told["kd", 0]["group"] != told["kd", 1]["group"]
+    (teacher,) = (json.loads(path.read_text()) for path in output.glob("teachers/*/env.json"))
+    assert [(entry["threads"], entry["epochs"]) for entry in teacher["calls"]] == [(1, 2)]
+    cpu = told["kd", 0]["cpu"]
+    assert f"on 1 thread of {cpu}, 2 threads of {cpu};" in outcome.out
+    assert "are not paired" not in outcome.out, "the rows of each seed went the same way"
+
+
+def test_times_are_of_the_training_and_evaluation_is_not_in_them(
+    call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def lasting(seconds: float, action: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            now[0] += seconds
+            return action(*arguments)
+
+        return run
+
+    monkeypatch.setattr("distillzoo.engine.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("distillzoo.bench.runner.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Member, "train_step", lasting(0.5, Member.train_step))
+    monkeypatch.setattr(Trainer, "_evaluate", lasting(100.0, Trainer._evaluate))
+    output = tmp_path / "runs"
+    assert call("--recipe", recipe_file, "--output", str(output), "--seeds", "0").code == 0
+    images, epochs, steps, members = 24, 3, 2, 2
+    for folder in records(output).values():
+        environment = json.loads((folder / "env.json").read_text())
+        assert environment["group_seconds"] == epochs * steps * members * 0.5
+        assert environment["group_images_per_second"] == images * epochs / environment["group_seconds"] == 12.0
+        assert environment["wall_seconds_of_last_call"] == environment["group_seconds"] + epochs * 100.0
+    (teacher,) = (json.loads(path.read_text()) for path in output.glob("teachers/*/env.json"))
+    assert (teacher["seconds"], teacher["images_per_second"]) == (2.0, 24.0)
 
 
 def test_a_sweep_trains_on_the_held_out_split_and_writes_its_view(call: Call, recipe_file: str, tmp_path: Path) -> None:

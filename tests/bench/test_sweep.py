@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from distillzoo.bench.captions import protocol_note
+from distillzoo.bench.options import parse_options
 from distillzoo.bench.plan import Plan, make_plan
 from distillzoo.bench.plot import plot_sweep
 from distillzoo.bench.recipe import Recipe, make_recipe
@@ -113,6 +115,35 @@ def test_points_that_two_trainings_of_a_teacher_taught_are_named(tiny_data: Load
         "91.25 % (sha256 aaaaaaaa) taught KD [kd.temperature=1], KD [kd.temperature=2] seed 0; "
         "91.25 % (sha256 bbbbbbbb) taught KD [kd.temperature=2] seed 1."
     )
+
+
+@pytest.mark.parametrize("axis", ["student.lr=0.05,0.1", "kd.temperature=2,4"])
+@pytest.mark.parametrize("split", [None, "test"])
+def test_a_sweep_of_the_published_protocol_does_not_compare_with_published_figures(
+    axis: str, split: str | None, tiny_data: Load
+) -> None:
+    given = ["--split", split] if split else []
+    options = parse_options(["--dataset", "cifar100", "--methods", "kd", "--sweep", axis, *given])
+    assert options.recipe is not None
+    table = load_table("cifar100")
+    points = sweep_points(options.axes, table, options.recipe)
+    note = protocol_note(make_plan(options.recipe, table, lambda _: tiny_data(make_recipe(TINY)), points=points), [3])
+    changed = "" if split else "split heldout (recipe: test) and "
+    path = axis.partition("=")[0]
+    assert note.startswith(f"paper recipe with {changed}{path} swept, n = 3 seeds: not comparable with published figures.")
+
+
+def test_the_caption_says_where_and_how_long_points_trained(tiny_data: Load) -> None:
+    plan, axes = plan_of(tiny_data, "kd.temperature=1,2")
+    where = {"group_seconds": 90.0, "group_size": 2, "group_images_per_second": 128.4, "threads": 1, "cpu": "A CPU", "gpu": None}
+    results = {cell.run.id: {"last_accuracy": 50.0, "environment": where} for cell in plan.cells}
+    assert "Training took 1.5 minutes for a group of 2 rows" in SweepView(plan, axes, results).caption
+    last = max(plan.cells, key=lambda cell: (cell.row.point, cell.seed))
+    results[last.run.id] = {"last_accuracy": 50.0, "environment": {**where, "threads": 2}}
+    assert (
+        "these are not paired: KD [kd.temperature=1] seed 1 on 1 thread of A CPU; "
+        "KD [kd.temperature=2] seed 1 on 2 threads of A CPU."
+    ) in SweepView(plan, axes, results).caption
 
 
 def test_the_view_of_fixed_records(tiny_data: Load, tmp_path: Path) -> None:
