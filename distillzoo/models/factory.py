@@ -12,7 +12,7 @@ from torch import nn
 
 from distillzoo.errors import OptionError, UnknownNameError, near_matches, unknown_name
 from distillzoo.models.base import MODELS, check_count
-from distillzoo.models.weights import load_weights
+from distillzoo.models.weights import check_file, load_weights
 
 __all__ = ["create_model", "list_models"]
 
@@ -51,6 +51,8 @@ def create_model(
     check_count("num_classes", num_classes, 2)
     if pretrained and checkpoint_path is not None:
         raise OptionError(f"pretrained and checkpoint_path={os.fspath(checkpoint_path)!r} exclude each other; keep one of the two.")
+    if checkpoint_path is not None:
+        check_file(checkpoint_path)
     if name.startswith(_TIMM):
         return _from_timm(name.removeprefix(_TIMM), num_classes, pretrained, checkpoint_path, options)
     if name.startswith(_TORCHVISION):

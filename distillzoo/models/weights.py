@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from distillzoo.errors import OptionError
 
-__all__ = ["load_weights"]
+__all__ = ["check_file", "load_weights"]
 
 _WRAPPERS = ("state_dict", "model", "student", "net")  # keys under which training scripts keep the weights
-_PREFIXES = ("module.", "_orig_mod.")  # left by data-parallel and compiled wrappers
+_PREFIXES = ("module.", "_orig_mod.")  # left by data-parallel and compiled wrappers, nested as their owner liked
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -32,12 +32,28 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         OptionError: If the file is missing, holds no state dict, or does not fit the network.
     """
     name = os.fspath(path)
+    check_file(name)
     state = _translated(_state_dict(_read(name), name), model)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise OptionError(f"The checkpoint {name!r} does not fit {type(model).__name__}: {_first_lines(error)}") from error
     return model
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint that is not there, before anybody's reader says so in words of its own.
+
+    Args:
+        path: Where it should be.
+    Raises:
+        OptionError: If there is no file.
+    """
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise OptionError(
+            f"The checkpoint {os.fspath(path)!r} {what}; give the path of a .safetensors file or one that torch.save wrote."
+        )
 
 
 def _read(path: str) -> Any:
@@ -64,9 +80,8 @@ def _state_dict(found: Any, path: str) -> dict[str, Tensor]:
             "'state_dict'."
         )
     state = {str(key): value for key, value in found.items()}
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 

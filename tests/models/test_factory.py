@@ -145,15 +145,33 @@ class Malicious:
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(None, "cannot be read"), (Malicious(), "cannot be read"), ({"epoch": 3}, "holds no state dict.*epoch")]
+    ("content", "reason"),
+    [(b"junk", "cannot be read"), (Malicious(), "cannot be read"), ({"epoch": 3}, "holds no state dict.*epoch")],
 )
 def test_files_that_are_no_checkpoint(content, reason, tmp_path, capsys):
     path = tmp_path / "w.pt"
-    if content is not None:
-        torch.save(content, path)
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(OptionError, match=reason):
         create_model("resnet8", num_classes=10, checkpoint_path=path)
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["resnet8", "timm/resnet10t", "torchvision/shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("file", ["w.pt", "w.safetensors"])
+def test_a_checkpoint_that_is_not_there_is_one_sentence(name, file, tmp_path):
+    with pytest.raises(OptionError, match=rf"^The checkpoint '.*{file}' does not exist; give the path of"):
+        create_model(name, num_classes=10, checkpoint_path=tmp_path / file)
+    (tmp_path / file).mkdir()
+    with pytest.raises(OptionError, match=rf"^The checkpoint '.*{file}' is a folder; give the path of"):
+        create_model(name, num_classes=10, checkpoint_path=tmp_path / file)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.module.", "module._orig_mod.", "module.module.", "_orig_mod.module._orig_mod."])
+def test_prefixes_of_wrappers_are_stripped_in_any_order(prefix, tmp_path):
+    source = create_model("resnet8", num_classes=10)
+    torch.save({f"{prefix}{key}": value for key, value in source.state_dict().items()}, tmp_path / "w.pt")
+    loaded = create_model("resnet8", num_classes=10, checkpoint_path=tmp_path / "w.pt").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in source.state_dict().items())
 
 
 def test_timm_names_a_checkpoint_that_does_not_fit(tmp_path):
