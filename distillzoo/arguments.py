@@ -18,7 +18,7 @@ from distillzoo.stages import Probe
 from distillzoo.taps import Tapped, Teacher
 from distillzoo.types import DataSpec, Stage
 
-__all__ = ["check_arguments", "check_classes", "check_option", "measured_data", "tapped_student"]
+__all__ = ["check_arguments", "check_classes", "check_option", "check_taps", "measured_data", "tapped_student"]
 
 _GUESSED_SIZES = ((224, 224), (32, 32))
 
@@ -33,7 +33,7 @@ def check_arguments(name: Any, student: Any, teacher: Any, data: Any, input_size
         data: What should be a :class:`DataSpec` or none.
         input_size: What should be pixels or none.
     Raises:
-        OptionError: If one is something else.
+        OptionError: If one is something else, or the student has a part in a teacher.
     """
     if not isinstance(name, str | type):
         raise OptionError(
@@ -43,16 +43,10 @@ def check_arguments(name: Any, student: Any, teacher: Any, data: Any, input_size
         raise OptionError(
             f"The student must be a torch.nn.Module; got {student!r}; make one with create_model(name, num_classes=...)."
         )
-    teachers = teacher if isinstance(teacher, Sequence) and not isinstance(teacher, str) else [teacher]
-    for one in teachers:
-        if not (one is None or isinstance(one, nn.Module | Teacher)):
-            raise OptionError(
-                f"A teacher must be a torch.nn.Module; got {one!r}; make one with create_model(name, num_classes=...)."
-            )
     _check_network("student", student)
-    for one in teachers:
-        if isinstance(one, nn.Module):
-            _check_network("teacher", one)
+    for one in _networks_of(teacher):
+        _check_network("teacher", one)
+        _check_apart(student, one)
     if next(student.parameters(), None) is not None and not any(p.requires_grad for p in student.parameters()):
         raise OptionError(
             f"No parameter of the student {type(student).__name__} requires a gradient, as those of a network that was a teacher; "
@@ -65,15 +59,69 @@ def check_arguments(name: Any, student: Any, teacher: Any, data: Any, input_size
         raise OptionError(f"input_size must be pixels, as 32 or (height, width); got {input_size!r}.")
 
 
+def _networks_of(teacher: Any) -> list[nn.Module]:
+    """The networks of a teacher, of several, or of none; anything else is refused."""
+    several = isinstance(teacher, Sequence) and not isinstance(teacher, str)
+    for one in teacher if several else [teacher]:
+        if several and (one is None or isinstance(one, Teacher)):
+            raise OptionError(
+                f"A list of teachers holds networks (torch.nn.Module) and got {'None' if one is None else 'a Teacher'}; pass each "
+                "network itself (the .module of a Teacher), or one Teacher alone."
+            )
+        if not (one is None or isinstance(one, nn.Module | Teacher)):
+            raise OptionError(
+                f"A teacher must be a torch.nn.Module; got {one!r}; make one with create_model(name, num_classes=...)."
+            )
+    if several:
+        return list(teacher)
+    return [] if teacher is None else [teacher.module if isinstance(teacher, Teacher) else teacher]
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a student that a frozen teacher would freeze."""
+    if student is teacher:
+        raise OptionError("Student and teacher are one and the same module, which would be frozen; pass a copy as the teacher.")
+    trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in trained]
+    if shared or any(part is student for part in teacher.modules()):
+        what = f"{len(shared)} parameters of the student (the first as {shared[0]!r})" if shared else "the student itself"
+        raise OptionError(
+            f"The teacher {type(teacher).__name__} holds {what}, which would be frozen; pass a copy as the teacher: "
+            "copy.deepcopy(network)."
+        )
+
+
 def _check_network(role: str, network: nn.Module) -> None:
     if isinstance(network, torch.jit.ScriptModule):
         raise OptionError(
             f"The {role} is a torch.jit.ScriptModule, whose inside cannot be read; pass the module that it was made of."
         )
+    compiled = isinstance(network._modules.get("_orig_mod"), nn.Module)  # asking torch for the class would take seconds
+    if compiled or isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inside, instead = ("_orig_mod", "compile") if compiled else ("module", "wrap")
+        raise OptionError(
+            f"The {role} is a network inside {type(network).__name__}, where its layers have other paths; pass the network itself "
+            f"(.{inside}), and {instead} the distiller that is built on it."
+        )
     if any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
         raise OptionError(
             f"The {role} {type(network).__name__} has lazy layers, which have no weights yet; run it once on some images first."
         )
+
+
+def check_taps(taps: Any) -> None:
+    """Refuse taps that are not given by network; what is given for a network is looked at with the network.
+
+    Args:
+        taps: What should be a mapping with the keys ``"student"`` and ``"teacher"``, or none.
+    Raises:
+        OptionError: If it is something else.
+    """
+    if taps is not None and not isinstance(taps, Mapping):
+        raise OptionError(f"taps has the keys 'student' and 'teacher'; got {taps!r}; write taps={{'student': [...]}}.")
+    for part in taps or {}:
+        if part not in ("student", "teacher"):
+            raise OptionError(f"taps has the keys 'student' and 'teacher'; got {part!r}.")
 
 
 def check_option(member: str, method: type[Distiller], name: str, value: Any) -> None:

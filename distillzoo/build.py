@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import distillzoo.methods  # noqa: F401 - registers them
-from distillzoo.arguments import check_arguments, check_classes, check_option, measured_data, tapped_student
+from distillzoo.arguments import check_arguments, check_classes, check_option, check_taps, measured_data, tapped_student
 from distillzoo.composition import Composition, Maker, composed_weights
 from distillzoo.distiller import Distiller, option_defaults
 from distillzoo.errors import OptionError, unknown_name
@@ -148,9 +148,9 @@ def build_distiller(
         weights: Weights by term that override the defaults, or the name of a preset (``"imagenet"``).
         taps: ``{"student": ..., "teacher": ...}``: tap paths, shallow to deep, or a mapping from names to paths, in place of those
             that are found.
-        teacher_data: Normalisation and size that the teacher wants where they differ from the student's: it then sees the same
-            crop, renormalised and resized. ``"declared"`` takes what it declares itself, as timm's networks do
-            (``pretrained_cfg``; of a list each teacher its own); ``None``: the teacher sees what the student sees.
+        teacher_data: Normalisation and size that the teacher wants where they differ from the student's, which ``data`` must
+            give: it then sees the same crop, renormalised and resized. ``"declared"`` takes what it declares itself, as timm's
+            networks do (``pretrained_cfg``; of a list each teacher its own); ``None``: the teacher sees what the student sees.
         seed: Seed of adapters and draws; ``None`` draws one from torch's global generator.
         options: The method's own options; of a composition ``member={"option": value}``.
     Raises:
@@ -170,11 +170,12 @@ def build_distiller(
     check_arguments(name, student, teacher, data, input_size)
     methods = resolve_distiller(name)
     given = _split_options(methods, options)
-    for part in taps or {}:
-        if part not in ("student", "teacher"):
-            raise OptionError(f"taps has the keys 'student' and 'teacher'; got {part!r}.")
-    if student is (teacher.module if isinstance(teacher, Teacher) else teacher):
-        raise OptionError("Student and teacher are one and the same module, which would be frozen; pass a copy as the teacher.")
+    check_taps(taps)
+    if teacher_data is not None and data is None:
+        raise OptionError(
+            "teacher_data says what the teacher wants of the images, and nothing says what the images are, so their normalisation "
+            "would be a guess; pass data=DataSpec(num_classes, (height, width), mean, std) of the student's images as well."
+        )
     if isinstance(teacher, Teacher) and "teacher" in (taps or {}):
         raise OptionError("taps of the teacher are chosen where its Teacher is made: Teacher(network, data, stages=...).")
     spec = data or measured_data(student, input_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
@@ -144,9 +144,11 @@ class Stage:
         linear: Module path of the last linear op (convolution or linear layer) that feeds the tap.
         linear_norm: Module path of the norm that directly follows ``linear``; ``None`` where none does (pre-activation networks).
         norm: Module path of the norm before the activation: its scale and shift describe ``pre``.
-        channels: Channels of the output; ``None`` is measured.
-        stride: Input pixels per output pixel; ``None`` is measured.
+        channels: Channels of the output, where the network says so: with ``layout="auto"`` they tell which dimension holds them.
+            Nothing else reads them; the shapes of taps are measured (``Tapped.shapes``).
         layout: How the tensor is laid out; ``"auto"`` decides by its shape.
+    Raises:
+        OptionError: If there is no such layout.
     """
 
     path: str
@@ -155,8 +157,15 @@ class Stage:
     linear_norm: str | None = None
     norm: str | None = None
     channels: int | None = None
-    stride: int | None = None
     layout: Layout = "auto"
+
+    def __post_init__(self) -> None:
+        if self.layout not in get_args(Layout):
+            meant = str(self.layout).lower()
+            hint = f"write {meant!r}" if meant in get_args(Layout) else "write 'auto' to have it decided by the tensor's shape"
+            raise OptionError(
+                f"The layout of the stage {self.path!r} must be one of {', '.join(get_args(Layout))}; got {self.layout!r}; {hint}."
+            )
 
 
 @dataclass(frozen=True, eq=False)

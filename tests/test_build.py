@@ -16,7 +16,7 @@ from distillzoo.registry import DISTILLERS
 from distillzoo.schedules import LinearWarmup
 from distillzoo.taps import Teacher
 from distillzoo.testing import TinyNet, TinyTeacher, tiny_data
-from distillzoo.types import DataSpec, Requires
+from distillzoo.types import DataSpec, Requires, Stage
 
 IMAGES = torch.linspace(-2, 2, 4 * 3 * 16 * 16).view(4, 3, 16, 16).mul(37).sin()
 TARGETS = torch.tensor([0, 1, 2, 4])
@@ -51,7 +51,8 @@ class Fixed(nn.Module):
 
 def build(method="kd", student=None, teacher=None, **options):
     options.setdefault("input_size", 16)
-    return build_distiller(method, student or TinyNet(), teacher or TinyTeacher(), **options)
+    student, teacher = TinyNet() if student is None else student, TinyTeacher() if teacher is None else teacher
+    return build_distiller(method, student, teacher, **options)
 
 
 # --------------------------------------------------------------------------------------------------------------- names
@@ -215,6 +216,22 @@ def test_networks_that_cannot_be_read_are_refused(role):
         build(**{role: torch.jit.script(plain)})
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (torch.compile, r"inside OptimizedModule.*\(\._orig_mod\), and compile the distiller"),
+        (nn.DataParallel, r"inside DataParallel.*\(\.module\), and wrap the distiller"),
+    ],
+)
+def test_networks_inside_a_wrapper_are_refused(role, wrap, words):
+    with pytest.raises(OptionError, match=f"The {role} is a network {words}"):
+        build(**{role: wrap(TinyNet())})
+    if role == "teacher":
+        with pytest.raises(OptionError, match=words):
+            build(teacher=[TinyTeacher(), wrap(TinyNet())])
+
+
 def test_a_student_that_was_a_teacher_is_refused():
     with pytest.raises(OptionError, match=r"No parameter of the student TinyNet requires a gradient.*requires_grad_\(True\)"):
         build(student=TinyNet().requires_grad_(False))
@@ -304,6 +321,46 @@ def test_a_wrong_list_of_teachers_is_a_sentence(teachers):
         build_distiller("kd", TinyNet(), teachers, input_size=16)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "got"), [(None, "None"), (Teacher(TinyTeacher(), tiny_data()), "a Teacher")], ids=["none", "wrapped"]
+)
+def test_what_is_no_network_in_a_list_of_teachers_is_a_sentence(wrong, got):
+    with pytest.raises(OptionError, match=rf"A list of teachers holds networks .* got {got}; pass each"):
+        build(teacher=[TinyTeacher(), wrong])
+    with pytest.raises(OptionError, match="A list of teachers holds networks"):
+        Ensemble([TinyTeacher(), wrong])
+
+
+class Around(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images)
+
+
+@pytest.mark.parametrize("hide", [lambda net: [TinyTeacher(), net], Around, lambda net: Ensemble([TinyTeacher(), net])])
+def test_a_student_among_its_teachers_is_refused_and_not_frozen(hide):
+    student = TinyNet()
+    with pytest.raises(
+        OptionError, match=r"(one and the same module|parameters of the student .* as '.*'\)), which would be frozen"
+    ):
+        build(student=student, teacher=hide(student))
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_a_teacher_that_shares_layers_with_its_student_must_not_freeze_them():
+    student, teacher = TinyNet(), TinyNet()
+    teacher.stem = student.stem
+    with pytest.raises(
+        OptionError, match=r"The teacher TinyNet holds 3 parameters of the student \(the first as 'stem\.conv\.weight'"
+    ):
+        build(student=student, teacher=teacher)
+    student.stem.requires_grad_(False)  # frozen on purpose: nothing happens unnoticed
+    build(student=student, teacher=teacher)
+
+
 def test_a_teacher_object_is_shared():
     teacher = Teacher(TinyTeacher(), tiny_data())
     one, other = build(Hint, teacher=teacher), build("kd", teacher=teacher)
@@ -331,6 +388,38 @@ def test_taps_can_be_named_for_each_network():
         build(taps={"studnet": []})
     with pytest.raises(TapError, match=r"'groups\.7'"):
         build(taps={"student": ["groups.7"]})
+    with pytest.raises(OptionError, match=r"got 'groups\.1'; write taps="):
+        build(taps="groups.1")
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("groups.1", r"are a list of tap paths or Stages.*; got 'groups\.1'; write one of them as a list too"),
+        (Stage("groups.1"), r"are a list of tap paths or Stages.*; got Stage\(path='groups\.1'"),
+        (3, "are a list of tap paths or Stages.*; got 3"),
+        (["groups.1", 2], "is a tap path or a Stage.*; got 2 for 'stage2'"),
+        ({"pooled": None}, "is a tap path or a Stage.*; got None for 'pooled'"),
+        ({1: "groups.1"}, r"is a tap path or a Stage, and its name is text; got 'groups\.1' for 1;"),
+    ],
+)
+def test_taps_that_are_no_paths_are_a_sentence(role, given, words):
+    with pytest.raises(TapError, match=f"of Tiny(Net|Teacher) {words}"):
+        build(taps={role: given})
+
+
+@pytest.mark.parametrize("wrong", ["haed", "head:input"])
+def test_a_classifier_path_that_does_not_exist_is_a_sentence(wrong):
+    networks = {"student": TinyNet(), "teacher": TinyTeacher()}
+    for role, network in networks.items():
+        network.classifier_path = wrong
+        with pytest.raises(
+            TapError, match=rf"The classifier_path of {type(network).__name__} must be a module path.* '{wrong}'.*'head'"
+        ):
+            build(**{role: network})
+    networks["teacher"].classifier_path = None
+    assert "pooled" not in build(teacher=networks["teacher"]).teacher_net.shapes
 
 
 def test_taps_for_a_teacher_object_are_not_swallowed():
@@ -358,6 +447,43 @@ def test_adapters_follow_the_students_type():
     loss = distiller(IMAGES.double(), TARGETS).loss
     assert loss.dtype == torch.float64
     loss.backward()
+
+
+@pytest.mark.parametrize("name", ["fitnet", "fitnet+kd", "gpd"])
+def test_networks_of_a_half_type_stay_as_they_are_and_train(name):
+    options = {"static": "fitnet"} if name == "gpd" else {}
+    distiller = build(name, TinyNet().bfloat16(), TinyTeacher().bfloat16(), **options)
+    networks = [distiller.student, distiller.teacher_net.module]
+    theirs = [tensor for net in networks for tensor in (*net.parameters(), *net.buffers())]
+    assert {tensor.dtype for tensor in theirs if tensor.is_floating_point()} == {torch.bfloat16}
+    own = [tensor for key, tensor in distiller.state_dict().items() if not key.startswith("student.")]
+    assert {tensor.dtype for tensor in own} == {torch.float32, torch.int64}
+    out = distiller(IMAGES.bfloat16(), TARGETS)
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
+
+
+def test_a_teacher_is_not_touched_by_a_build(monkeypatch):
+    teacher = TinyTeacher()
+    monkeypatch.setattr(teacher, "_apply", lambda *_: pytest.fail("the teacher was moved"))
+    build("fitnet+kd", TinyNet(), teacher)
+
+
+class Borrows(Hint):
+    """Holds layers of both networks among its own modules."""
+
+    def __init__(self, student, teacher, data, *, weights=None, seed=None):
+        super().__init__(student, teacher, data, weights=weights, seed=seed)
+        self.adapter = nn.ModuleList([student.module.head, teacher.module.head, nn.Linear(2, 2)])
+
+
+def test_layers_of_the_networks_stay_as_they_are_wherever_they_hang():
+    distiller = build(Borrows, TinyNet().bfloat16(), TinyTeacher().bfloat16())
+    assert [layer.weight.dtype for layer in distiller.adapter] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for cast in (torch.float32, torch.bfloat16, torch.float64):
+        distiller.to(cast)
+        own = torch.float32 if cast == torch.bfloat16 else cast
+        assert [layer.weight.dtype for layer in distiller.adapter] == [cast, cast, own]
 
 
 def test_a_double_student_and_a_single_teacher_are_refused():
@@ -432,40 +558,3 @@ def test_a_batch_that_is_none_is_a_sentence(images, targets, sentence):
     distiller = build("vanilla", TinyNet())
     with pytest.raises(ShapeError, match=sentence):
         distiller(images, targets)
-@pytest.mark.parametrize("name", ["fitnet", "fitnet+kd", "gpd"])
-def test_networks_of_a_half_type_stay_as_they_are_and_train(name):
-    options = {"static": "fitnet"} if name == "gpd" else {}
-    distiller = build(name, TinyNet().bfloat16(), TinyTeacher().bfloat16(), **options)
-    networks = [distiller.student, distiller.teacher_net.module]
-    theirs = [tensor for net in networks for tensor in (*net.parameters(), *net.buffers())]
-    assert {tensor.dtype for tensor in theirs if tensor.is_floating_point()} == {torch.bfloat16}
-    own = [tensor for key, tensor in distiller.state_dict().items() if not key.startswith("student.")]
-    assert {tensor.dtype for tensor in own} == {torch.float32, torch.int64}
-    out = distiller(IMAGES.bfloat16(), TARGETS)
-    out.loss.backward()
-    assert torch.isfinite(out.loss)
-
-
-def test_a_teacher_is_not_touched_by_a_build(monkeypatch):
-    teacher = TinyTeacher()
-    monkeypatch.setattr(teacher, "_apply", lambda *_: pytest.fail("the teacher was moved"))
-    build("fitnet+kd", TinyNet(), teacher)
-
-
-class Borrows(Hint):
-    """Holds layers of both networks among its own modules."""
-
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
-        self.adapter = nn.ModuleList([student.module.head, teacher.module.head, nn.Linear(2, 2)])
-
-
-def test_layers_of_the_networks_stay_as_they_are_wherever_they_hang():
-    distiller = build(Borrows, TinyNet().bfloat16(), TinyTeacher().bfloat16())
-    assert [layer.weight.dtype for layer in distiller.adapter] == [torch.bfloat16, torch.bfloat16, torch.float32]
-    for cast in (torch.float32, torch.bfloat16, torch.float64):
-        distiller.to(cast)
-        own = torch.float32 if cast == torch.bfloat16 else cast
-        assert [layer.weight.dtype for layer in distiller.adapter] == [cast, cast, own]
-
-

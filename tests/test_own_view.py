@@ -136,6 +136,17 @@ def test_where_there_is_no_view_to_choose_it_is_refused():
         build_distiller("kd", TinyNet(), TinyTeacher(), data=STUDENTS, teacher_data="teacher")
 
 
+@pytest.mark.parametrize("wanted", [OWN, "declared"])
+def test_what_the_images_are_is_never_guessed(wanted):
+    teacher, student = TinyTeacher(), TinyNet()
+    for network in (teacher, student):  # not even where a student declares it: images of one's own are another matter
+        network.pretrained_cfg = {"input_size": (3, 24, 24), "mean": OWN.mean, "std": OWN.std}
+    for others in ({"input_size": 16}, {"input_size": 16, "num_classes": 5}, {}):
+        with pytest.raises(OptionError, match=r"nothing says what the images are.*; pass data=DataSpec\("):
+            build_distiller("kd", student, teacher, teacher_data=wanted, **others)
+    assert all(p.requires_grad for p in teacher.parameters())
+
+
 def test_a_view_is_copied_to_a_device_and_type_once():
     view = OwnView(STUDENTS, OWN)
     view(PIXELS)

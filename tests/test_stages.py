@@ -6,7 +6,17 @@ from torch import nn
 
 from distillzoo.errors import TapError
 from distillzoo.registry import STAGE_FINDERS
-from distillzoo.stages import Probe, View, as_view, classifier_input, declared_stages, find_stages, resolve_stages, split_path
+from distillzoo.stages import (
+    Probe,
+    View,
+    as_view,
+    classifier_input,
+    declared_stages,
+    find_stages,
+    is_activation,
+    resolve_stages,
+    split_path,
+)
 from distillzoo.taps import Tapped
 from distillzoo.testing import TinyNet
 from distillzoo.types import DataSpec, Stage
@@ -231,6 +241,33 @@ def test_the_tensor_before_the_activation_is_found_with_its_norm(kind, pre):
     join = "" if pre is not None and pre.startswith(":") else "."
     assert last.pre == (None if pre is None else f"body.1{join}{pre}")
     assert last.norm == (None if pre is None else "body.1.bn2")
+
+
+def test_trying_an_activation_leaves_it_as_it_was():
+    class Shrinks(nn.Module):
+        """Keeps count and an average of what it saw."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+            self.register_buffer("centre", torch.zeros(()))
+            self.last = None
+
+        def forward(self, x):
+            self.seen.add_(1)
+            self.centre = 0.9 * self.centre + 0.1 * x.mean()
+            self.last = x
+            return x.relu()
+
+    activation = Shrinks()
+    centre = activation.centre
+    assert is_activation(activation, (2, 3, 4, 4))
+    assert activation.training
+    assert (int(activation.seen), activation.centre is centre, activation.last) == (0, True, None)
+    net = Steps(2)
+    net.blocks = nn.Sequential(*[nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), Shrinks()) for _ in range(2)])
+    assert find_stages(net, Probe(net, DATA))[0].pre == "blocks.0.1:input"
+    assert [int(block[1].seen) for block in net.blocks] == [0, 0]
 
 
 def test_a_fused_norm_and_activation_is_read_between_the_two():

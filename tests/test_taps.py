@@ -246,6 +246,27 @@ def test_channels_last_maps_become_channels_first(layout):
     torch.testing.assert_close(value[:, :, 3, 1], net.block(net.patch(IMAGES)[:, :, 3, 1]))
 
 
+@pytest.mark.parametrize(("layout", "hint"), [("NHWC", "write 'nhwc'"), ("channels_last", "write 'auto'"), (None, "write 'auto'")])
+def test_a_layout_that_there_is_not_is_refused(layout, hint):
+    with pytest.raises(OptionError, match=f"one of auto, nchw, nhwc, tokens, vector; got {layout!r}; {hint}"):
+        Stage("block", layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("network", "layout", "words"),
+    [
+        (Tokens, "nchw", r"shape \(2, 17, 8\) for two images, and the layout 'nchw' .* has 4 dimensions"),
+        (ChannelsLast, "tokens", r"shape \(2, 4, 4, 12\) for two images, and the layout 'tokens' .* has 3 dimensions"),
+    ],
+)
+def test_a_layout_of_other_dimensions_is_refused(network, layout, words):
+    with pytest.raises(TapError, match=words):
+        tapped(module=network(), stages=[Stage("block", layout=layout)])
+    with pytest.raises(TapError, match=r"shape \(2, (8|12)\).*declare the layout that it has, or 'auto'"):
+        tapped(module=network(), stages={"stage1": "block", "pooled": Stage("fc:input", layout=layout)})
+    assert tapped(module=network(), stages=[Stage("block", layout="vector")]).shapes["stage1"][0] in (17 * 8, 4 * 4 * 12)
+
+
 def test_tokens_that_form_no_grid_are_refused():
     class Odd(Tokens):
         num_prefix_tokens = 0
@@ -381,6 +402,48 @@ def test_measuring_puts_back_a_buffer_that_a_forward_in_eval_mode_writes():
     assert made.module.calls == 0
     made(IMAGES)
     assert made.module.calls == 1
+
+
+class Smoothing(Plain):
+    """Puts other tensors in the place of its buffers, and makes some on its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3))
+        self.register_buffer("late", None)
+
+    def forward(self, x):
+        self.centre = 0.9 * self.centre + 0.1 * x.mean((0, 2, 3))
+        self.late = self.centre if self.late is None else self.late + 1
+        if "made" not in self._buffers:
+            self.register_buffer("made", x.new_ones(2), persistent=False)
+        return super().forward(x)
+
+
+def test_measuring_puts_back_buffers_that_a_forward_replaces_or_makes():
+    net = Smoothing()
+    centre = net.centre
+    tapped("stage1", module=net)
+    assert net.centre is centre
+    assert not centre.any()
+    assert (net.late, set(net._buffers), net._non_persistent_buffers_set) == (None, {"centre", "late"}, set())
+    assert set(net.state_dict()) == set(Plain().state_dict()) | {"centre"}
+    net(IMAGES)
+    assert net.centre.any()
+
+
+def test_hooks_of_a_measurement_that_cannot_begin_are_taken_off(monkeypatch):
+    net, attach = Plain(), Tapped._attach
+
+    def fails(self, name):
+        if name == "pooled":
+            raise AttributeError("fc")
+        return attach(self, name)
+
+    monkeypatch.setattr(Tapped, "_attach", fails)
+    with pytest.raises(AttributeError):
+        Tapped(net, DATA)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
 class Functional(nn.Module):

@@ -93,14 +93,13 @@ class MobileNetV2(Network):
         self.relu2 = nn.ReLU()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(last, num_classes)
-        self._stages = tuple(self._stage(number, int(_WIDTHS[number] * width)) for number in _TAPPED)
+        self._stages = tuple(self._stage(number) for number in _TAPPED)
         initialise(self, linear_std=0.01, zero_linear_bias=True)
 
     @staticmethod
-    def _stage(number: int, channels: int) -> Stage:
+    def _stage(number: int) -> Stage:
         block = f"blocks.{number}.{_DEPTHS[number] - 1}"
-        stride = 2 * math.prod(_STRIDES[: number + 1])
-        return Stage(f"blocks.{number}", None, f"{block}.project", f"{block}.bn3", channels=channels, stride=stride, layout="nchw")
+        return Stage(f"blocks.{number}", None, f"{block}.project", f"{block}.bn3", layout="nchw")
 
     @property
     def stages(self) -> tuple[Stage, ...]:

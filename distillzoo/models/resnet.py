@@ -131,11 +131,7 @@ class ResNet(Network):
             channels = block.expansion * width
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
             conv, norm, relu = (f"layer{number}.{depth - 1}.{name}" for name in block.last)
-            stages.append(
-                Stage(
-                    f"layer{number}", f"{relu}:input", conv, norm, norm, channels=channels, stride=2 ** (number - 1), layout="nchw"
-                )
-            )
+            stages.append(Stage(f"layer{number}", f"{relu}:input", conv, norm, norm, layout="nchw"))
         self._stages = tuple(stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)

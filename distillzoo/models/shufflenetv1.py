@@ -103,19 +103,8 @@ class ShuffleNetV1(Network):
             rest = (ShuffleUnit(width, width, 1, groups, groups) for _ in range(depth - 1))
             self.add_module(f"layer{number}", nn.Sequential(first, *rest))
             unit = f"layer{number}.{depth - 1}"
-            stride = 2**number * (4 if large else 1)
-            stages.append(
-                Stage(
-                    f"layer{number}",
-                    f"{unit}.relu3:input",
-                    f"{unit}.conv3",
-                    f"{unit}.bn3",
-                    f"{unit}.bn3",
-                    channels=width,
-                    stride=stride,
-                    layout="nchw",
-                )
-            )
+            conv, norm = f"{unit}.conv3", f"{unit}.bn3"
+            stages.append(Stage(f"layer{number}", f"{unit}.relu3:input", conv, norm, norm, layout="nchw"))
             channels = width
         self._stages = tuple(stages)
         self.pool = nn.AdaptiveAvgPool2d(1)

@@ -119,16 +119,7 @@ class ShuffleNetV2(Network):
                 f"layer{number}", nn.Sequential(DownUnit(channels, width), *(SplitUnit(width) for _ in range(depth - 1)))
             )
             branch = f"layer{number}.{depth - 1}.branch"
-            stages.append(
-                Stage(
-                    f"layer{number}",
-                    linear=f"{branch}.conv3",
-                    linear_norm=f"{branch}.bn3",
-                    channels=width,
-                    stride=2**number,
-                    layout="nchw",
-                )
-            )
+            stages.append(Stage(f"layer{number}", linear=f"{branch}.conv3", linear_norm=f"{branch}.bn3", layout="nchw"))
             channels = width
         self._stages = tuple(stages)
         self.conv2 = nn.Conv2d(channels, last, 1, bias=False)

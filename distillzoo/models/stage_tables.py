@@ -3,7 +3,7 @@
 A stage ends where the resolution falls next, or the network does. Only what a module path gives exactly is declared: ``pre`` where
 a module reads the sum before the activation; ``linear`` where its output (after ``linear_norm``) reaches the tap through additions
 alone, and in ShuffleNetV2 and DenseNet, whose concatenations leave no such op, the last one of the last block.
-Channels and strides are left to be measured. Stages that a changed network no longer has are nobody's: the answer is then ``None``.
+Stages that a changed network no longer has are nobody's: the answer is then ``None``.
 """
 
 from __future__ import annotations

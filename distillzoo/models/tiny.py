@@ -23,8 +23,8 @@ class TinyCNN(Network):
     Raises:
         OptionError: If a number is out of range.
     Example:
-        >>> [(stage.path, stage.channels) for stage in TinyCNN(10, width=8).stages]
-        [('stage1', 8), ('stage2', 16), ('stage3', 32)]
+        >>> [(stage.path, stage.pre) for stage in TinyCNN(10).stages][:2]
+        [('stage1', 'stage1.2:input'), ('stage2', 'stage2.2:input')]
     """
 
     input_size = (8, 8)
@@ -38,7 +38,7 @@ class TinyCNN(Network):
         self.stage3 = self._layers(2 * width, 4 * width, 2, depth)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(4 * width, num_classes)
-        self._stages = tuple(self._stage(number, depth, width) for number in (1, 2, 3))
+        self._stages = tuple(self._stage(number, depth) for number in (1, 2, 3))
         initialise(self)
 
     @staticmethod
@@ -50,10 +50,9 @@ class TinyCNN(Network):
         return nn.Sequential(*layers)
 
     @staticmethod
-    def _stage(number: int, depth: int, width: int) -> Stage:
+    def _stage(number: int, depth: int) -> Stage:
         conv, norm, relu = (f"stage{number}.{3 * depth - 3 + i}" for i in range(3))
-        scale = 2 ** (number - 1)
-        return Stage(f"stage{number}", f"{relu}:input", conv, norm, norm, channels=width * scale, stride=scale, layout="nchw")
+        return Stage(f"stage{number}", f"{relu}:input", conv, norm, norm, layout="nchw")
 
     @property
     def stages(self) -> tuple[Stage, ...]:

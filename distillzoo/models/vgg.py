@@ -20,7 +20,6 @@ from distillzoo.types import Stage
 __all__ = ["VGG"]
 
 _WIDTHS = (64, 128, 256, 512, 512)
-_STRIDES = (1, 2, 4, 8, 8)
 _LARGE = (64, 64)  # pixels: the literature pools a fourth time for such images, so that the last block reads 4x4 maps
 
 
@@ -65,8 +64,7 @@ class VGG(Network):
     @staticmethod
     def _stage(number: int, depth: int) -> Stage:
         conv, norm, relu = (f"block{number}.{3 * depth - 3 + i}" for i in range(3))
-        width, stride = _WIDTHS[number], _STRIDES[number]
-        return Stage(f"block{number}", f"{relu}:input", conv, norm, norm, channels=width, stride=stride, layout="nchw")
+        return Stage(f"block{number}", f"{relu}:input", conv, norm, norm, layout="nchw")
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -86,8 +86,6 @@ class WideResNet(Network):
                 pre=norm,
                 linear=f"block{number}.{blocks - 1}.conv2",
                 norm=norm,
-                channels=widths[number - 1],
-                stride=2 ** (number - 1),
                 layout="nchw",
             )
             for number, norm in enumerate(("block2.0.bn1", "block3.0.bn1", "bn"), 1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from distillzoo.stages.probe import Call, DryRun, split_path
+from distillzoo.stages.restoring import restored
 from distillzoo.types import Stage
 
 __all__ = ["complete_stage", "is_activation"]
@@ -24,6 +25,8 @@ _ACTIVATING = ("Relu", "LeakyRelu", "Gelu", "Silu", "Hardswish", "Hardtanh", "Ha
 def is_activation(module: nn.Module, shape: Sequence[int]) -> bool:
     """Tell by experiment whether a module maps every element of its input by itself, and not by an affine map.
 
+    What the module keeps is left as it was.
+
     Args:
         module: The module; it must not draw in eval mode.
         shape: Shape of its input.
@@ -33,19 +36,16 @@ def is_activation(module: nn.Module, shape: Sequence[int]) -> bool:
     """
     if any("running_mean" in child._buffers or isinstance(child, nn.Linear | nn.Conv2d) for child in module.modules()):
         return False  # a norm and its activation in one: the norm inside is what feeds the activation
-    flags = [(child, child.training) for child in module.modules()]
-    module.eval()
     like = next(module.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     one, other, choice = (torch.randn(*shape, generator=generator).mul(4.0).to(like) for _ in range(3))
     kept = choice > 0
     try:
-        outputs = [module(x.clone()) for x in (one, torch.where(kept, one, other), other, (one + other) / 2)]
+        with restored(module):
+            module.eval()
+            outputs = [module(x.clone()) for x in (one, torch.where(kept, one, other), other, (one + other) / 2)]
     except (RuntimeError, TypeError, ValueError):
         return False  # it wants other inputs
-    finally:
-        for child, flag in flags:
-            child.training = flag
     if not all(isinstance(out, Tensor) and tuple(out.shape) == tuple(shape) for out in outputs):
         return False
     alone, mixed, far, middle = outputs

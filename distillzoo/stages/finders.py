@@ -21,8 +21,21 @@ _ENOUGH_STAGES = 3
 _MOST_STAGES = 4  # feature_info lists stems as well: of a longer list the last four are the stages
 
 
-def _stage(item: Stage | str) -> Stage:
-    return item if isinstance(item, Stage) else Stage(path=item)
+def _named(module: nn.Module, given: object) -> dict[str, Stage]:
+    """Return what a user named as stages by the names of their taps; refuse what is neither paths nor stages."""
+    if isinstance(given, str | Stage) or not isinstance(given, Mapping | Sequence):
+        raise TapError(
+            f"The taps of {type(module).__name__} are a list of tap paths or Stages, shallow to deep, or a mapping from names to "
+            f"them; got {given!r}; write one of them as a list too: ['layer3']."
+        )
+    items = given if isinstance(given, Mapping) else {f"stage{number}": item for number, item in enumerate(given, 1)}
+    for name, item in items.items():
+        if not (isinstance(name, str) and isinstance(item, str | Stage)):
+            raise TapError(
+                f"A tap of {type(module).__name__} is a tap path or a Stage, and its name is text; got {item!r} for {name!r}; "
+                "write 'layer1', 'layer1:input' or Stage('layer1')."
+            )
+    return {name: item if isinstance(item, Stage) else Stage(path=item) for name, item in items.items()}
 
 
 def _check_paths(module: nn.Module, stage: Stage) -> None:
@@ -48,13 +61,12 @@ def resolve_stages(
         probe: Dry batch, to find what stages given by path alone were before their activation, and the stages where none is
             named; ``None`` leaves them as they are.
     Raises:
-        TapError: If a path does not exist, or there is no stage.
+        TapError: If a path does not exist, what is given is neither paths nor stages, or numbers of stages are left out.
     """
-    items = {f"stage{number}": item for number, item in enumerate(given, 1)} if not isinstance(given, Mapping) else dict(given)
-    named = {name: _stage(item) for name, item in items.items()}
+    named = _named(module, given)
     for stage in named.values():
         _check_paths(module, stage)
-    count = sum(name.removeprefix("stage").isdigit() for name in named)
+    items, count = list(named), sum(name.removeprefix("stage").isdigit() for name in named)
     stages = [named.pop(f"stage{number}", None) for number in range(1, count + 1)]
     if not count:
         return (declared_stages(module) or ()) if probe is None else find_stages(module, probe), named
@@ -106,13 +118,10 @@ def _from_feature_info(module: nn.Module, probe: Probe) -> tuple[Stage, ...] | N
     info = getattr(module, "feature_info", None)
     entries = list(getattr(info, "info", info) or ())
     paths = dict(module.named_modules())
-    stages = [
-        Stage(path=str(entry["module"]), channels=entry.get("num_chs"), stride=entry.get("reduction"))
-        for entry in entries
-        if isinstance(entry, Mapping) and str(entry.get("module")) in paths
-    ]
-    stages = [stage for stage in stages if not _pools(probe.dry_run.last(stage.path))]
-    isotropic = len({stage.stride for stage in stages}) == 1
+    known = [entry for entry in entries if isinstance(entry, Mapping) and str(entry.get("module")) in paths]
+    known = [entry for entry in known if not _pools(probe.dry_run.last(str(entry["module"])))]
+    stages = [Stage(path=str(entry["module"]), channels=entry.get("num_chs")) for entry in known]
+    isotropic = len({entry.get("reduction") for entry in known}) == 1
     chosen = _evenly(stages) if isotropic else tuple(stages[-_MOST_STAGES:])
     calls = [probe.dry_run.last(stage.path) for stage in chosen]
     if any(call is None or call.shape is None or map_size(module, probe.data, call.shape) is None for call in calls):
@@ -207,10 +216,21 @@ def classifier_input(module: nn.Module, probe: Probe) -> str | None:
     Args:
         module: The network.
         probe: Its dry batch.
+    Raises:
+        TapError: If the declared ``classifier_path`` does not exist.
     """
     if hasattr(module, "classifier_path"):
         declared = module.classifier_path
-        return f"{declared}:input" if isinstance(declared, str) else None
+        if not isinstance(declared, str):
+            return None
+        if ":" in declared or declared not in dict(module.named_modules()):
+            near = near_matches(declared, [path for path, _ in module.named_modules()], limit=5)
+            hint = f"did you mean {' or '.join(map(repr, near))}" if near else "name the layer that makes the logits"
+            raise TapError(
+                f"The classifier_path of {type(module).__name__} must be a module path, and it has no module {declared!r}; {hint}; "
+                "None says that there is none."
+            )
+        return f"{declared}:input"
     heads = _heads(probe.dry_run)
     if len(heads) == 1:
         return f"{heads[0].path}:input"

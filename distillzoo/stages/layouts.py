@@ -13,6 +13,7 @@ from distillzoo.types import DataSpec, Layout
 
 __all__ = ["View", "as_view"]
 
+_DIMENSIONS = {"nchw": 4, "nhwc": 4, "tokens": 3}  # of a tensor of a layout; any can be a vector
 _MOST_PREFIX = 16  # class, distillation and register tokens that are looked for where a model does not say how many it has
 
 
@@ -65,7 +66,7 @@ def as_view(
         declared: The layout that is asked for.
         channels: Channels of the tensor, where they are known.
     Raises:
-        TapError: If tokens form no grid, or the tensor is no two maps, rows of tokens or vectors.
+        TapError: If tokens form no grid, the tensor is no two maps, rows of tokens or vectors, or not what is declared.
     Example:
         >>> as_view(nn.Identity(), DataSpec(10, (224, 224)), (2, 50, 768))
         View(layout='tokens', prefix=1, grid=(7, 7), sequence_first=False, mean=False)
@@ -74,6 +75,11 @@ def as_view(
         raise TapError(
             f"A tap of {type(module).__name__} has the shape {tuple(shape)} for two images; windows or patches in "
             "the batch dimension are no map of an image: name a module around them."
+        )
+    if _DIMENSIONS.get(declared, len(shape)) != len(shape):
+        raise TapError(
+            f"A tap of {type(module).__name__} has the shape {tuple(shape)} for two images, and the layout {declared!r} that is "
+            f"declared for it has {_DIMENSIONS[declared]} dimensions; declare the layout that it has, or 'auto'."
         )
     if declared == "vector" or len(shape) == 2:
         return View("vector")

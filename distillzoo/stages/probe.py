@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 
 from distillzoo.errors import ShapeError, TapError
+from distillzoo.stages.restoring import restored
 from distillzoo.types import DataSpec
 
 __all__ = ["Call", "DryRun", "Probe", "split_path", "tensor_of"]
 
 _IMAGES = 2
-_TORCHS_OWN = vars(nn.Module()).keys()  # parameters, buffers, children, hooks
 
 
 def split_path(path: str) -> tuple[str, Literal["input", "output", "activation"]]:
@@ -94,21 +93,9 @@ class Probe:
 
     @contextmanager
     def _put_back_after(self, *, draws: bool) -> Iterator[None]:
-        flags = [(child, child.training) for child in self.module.modules()]
-        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
-        caches = [(child, _plain_state(child)) for child in self.module.modules()]
         devices = [self.images.device] if self.images.is_cuda else []
-        try:
-            with torch.random.fork_rng(devices, enabled=draws), torch.no_grad():
-                yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-            for child, cached in caches:
-                _put_back(child, cached)
-            for child, flag in flags:
-                child.training = flag
+        with restored(self.module), torch.random.fork_rng(devices, enabled=draws):
+            yield
 
     def overwriting_dropouts(self) -> list[nn.Module]:
         """Return the dropouts of the network that work in place."""
@@ -135,26 +122,6 @@ class Probe:
     def dry_run(self) -> DryRun:
         """One run of the dry batch."""
         return DryRun(self)
-
-
-def _plain_state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """What a module keeps in plain attributes, each with a copy where it is a dictionary or a list."""
-    own = {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
-    return {name: (value, copy.copy(value) if type(value) in (dict, list) else None) for name, value in own.items()}
-
-
-def _put_back(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
-    """Undo what a run left there: some keep what they computed in eval mode, with the graph of that run, which nobody can copy."""
-    for name in vars(module).keys() - before.keys() - _TORCHS_OWN:
-        delattr(module, name)
-    for name, (value, held) in before.items():
-        if vars(module).get(name) is not value:
-            object.__setattr__(module, name, value)
-        if isinstance(held, dict):
-            value.clear()
-            value.update(held)
-        elif held is not None:
-            value[:] = held
 
 
 @dataclass(eq=False)

@@ -110,8 +110,10 @@ class Tapped:
 
     @contextmanager
     def _hooked(self, names: Iterable[str]) -> Iterator[None]:
-        handles = [self._attach(name) for name in names]
-        try:
+        handles: list[torch.utils.hooks.RemovableHandle] = []
+        try:  # those that came before one that cannot be attached are taken off as well
+            for name in names:
+                handles.append(self._attach(name))  # noqa: PERF401
             yield
         finally:
             for handle in handles:

@@ -104,13 +104,19 @@ class Ensemble(nn.Module):
         teachers: Classifiers of the same classes.
         views: What each sees of the images, one a teacher; none: all see them as they are.
     Raises:
-        OptionError: If there is no teacher, or their classes or the number of views differ.
+        OptionError: If there is no teacher, one is no network, or their classes or the number of views differ.
     """
 
     def __init__(self, teachers: Sequence[nn.Module], views: Sequence[OwnView] = ()) -> None:
         super().__init__()
         if not teachers:
             raise OptionError("A list of teachers needs at least one network; got none.")
+        other = [one for one in teachers if not isinstance(one, nn.Module)]
+        if other:
+            raise OptionError(
+                f"A list of teachers holds networks (torch.nn.Module); got {other[0]!r}; pass of a Teacher its .module, and leave "
+                "out what is no network."
+            )
         if len(views) not in (0, len(teachers)):
             raise OptionError(f"An ensemble of {len(teachers)} teachers takes one view each or none; got {len(views)}.")
         self.teachers = nn.ModuleList(teachers)

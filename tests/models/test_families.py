@@ -136,7 +136,6 @@ def test_shufflenetv1_for_large_images(count_macs, read_taps):
     assert 2 * count_macs(model, images(224)) / 1e9 == pytest.approx(0.252, abs=0.001)
     _, taps = read_taps(model, images(224), [stage.path for stage in model.stages])
     assert [tuple(taps[s.path].shape[1:]) for s in model.stages] == [(240, 28, 28), (480, 14, 14), (960, 7, 7)]
-    assert [(s.channels, s.stride) for s in model.stages] == [(240, 8), (480, 16), (960, 32)]
     assert model.default_cfg == {"input_size": (3, 224, 224), "num_classes": 100}
     assert build("shufflenetv1", in_channels=1).default_cfg["input_size"] == (1, 32, 32)
 
@@ -149,7 +148,6 @@ def test_tiny_networks(name, width, convolutions, read_taps):
     assert logits.shape == (2, 10)
     expected = [(width, 8, 8), (2 * width, 4, 4), (4 * width, 2, 2)]
     assert [tuple(taps[s.path].shape[1:]) for s in model.stages] == expected
-    assert [(s.channels, 8 // s.stride) for s in model.stages] == [shape[:2] for shape in expected]
     assert all(torch.equal(taps[s.pre].relu(), taps[s.path]) and taps[s.pre].min() < 0 for s in model.stages)
     assert taps["fc:input"].shape == (2, 4 * width)
     assert model.default_cfg["input_size"] == (3, 8, 8)
