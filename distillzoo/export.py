@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,15 +154,10 @@ def forward_flops(student: nn.Module, input_size: tuple[int, int], channels: int
         input_size: Height and width of the image in pixels.
         channels: Channels of the image.
     """
-    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
-    training = student.training
+    like = next((parameter for parameter in student.parameters() if parameter.is_floating_point()), torch.empty(0))
     counter = FlopCounterMode(display=False)
-    student.eval()
-    try:
-        with torch.no_grad(), counter:
-            student(torch.zeros((1, channels, *input_size), device=device))
-    finally:
-        student.train(training)
+    with _evaluating(student), counter:
+        student(torch.zeros((1, channels, *input_size), device=like.device, dtype=like.dtype))
     return int(counter.get_total_flops())
 
 
@@ -253,12 +249,10 @@ def _export(
     """Write under a temporary name, read back, compare, and only then give the file its name."""
     if not batches or len(batches[0]) < 2:
         raise OptionError(f"{kind} needs at least one batch, of at least 2 images; got {[len(batch) for batch in batches]}.")
-    training = student.training
-    student.eval()
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     advice = "use the weights themselves (model.safetensors), or another student"
     try:
-        with torch.no_grad():
+        with _evaluating(student):
             write(student, partial)
             run = load(partial)
             worst = max(float((run(batch) - student(batch)).abs().max()) for batch in batches)
@@ -269,8 +263,6 @@ def _export(
             f"{kind} of {type(student).__name__} failed ({type(error).__name__}: {reason}); a network that torch can trace is "
             f"needed; {advice}."
         ) from error
-    finally:
-        student.train(training)
     if not worst <= TOLERANCE:  # nan is refused too
         partial.unlink(missing_ok=True)
         raise RecordError(
@@ -279,6 +271,19 @@ def _export(
         )
     partial.replace(path)
     return worst
+
+
+@contextmanager
+def _evaluating(student: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode without gradients; modules that were in a mode of their own are in it again afterwards."""
+    flags = [(module, module.training) for module in student.modules()]
+    student.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

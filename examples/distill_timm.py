@@ -16,7 +16,8 @@ import ast
 import copy
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from itertools import islice
@@ -212,21 +213,30 @@ def teacher_view(args: argparse.Namespace, data: DataSet) -> DataSpec:
     )
 
 
-def get_teacher(args: argparse.Namespace, data: DataSet, config: TrainConfig) -> Teacher:
-    """Return the teacher: from its checkpoint, from an earlier call, or trained now on what it will see."""
-    number, kept = data.spec.num_classes, args.output / "teacher" / "model.safetensors"
-    own = teacher_view(args, data)
+def make_teacher(args: argparse.Namespace, data: DataSet) -> tuple[nn.Module, Distiller | None]:
+    """Return the teacher's network, from its checkpoint, from an earlier call or fresh, and what trains it where it has to be."""
+    kept = args.output / "teacher" / "model.safetensors"
     file = args.teacher_checkpoint or (str(kept) if kept.is_file() else None)
-    network = make_network(args, "teacher", number, file)
-    if file is None and args.teacher_epochs:
-        config = replace(config, epochs=args.teacher_epochs)
-        seeing = Seeing(network, OwnView(data.spec, own))
-        trained = fit("teacher", build_distiller("vanilla", seeing, data=data.spec, seed=args.seed), None, data, config, args)
-        network = trained.get_submodule("network")
-        save_student(network, kept.parent, describe(args, "teacher", data, own))
-        (args.output / "teacher.last.pt").unlink(missing_ok=True)
-    elif file is None:
+    network = make_network(args, "teacher", data.spec.num_classes, file)
+    if file is not None:
+        return network, None
+    if args.teacher_epochs == 0:
         print("Note: the teacher is taken as it is; without training on these classes it has little to teach.")
+        return network, None
+    seeing = Seeing(network, OwnView(data.spec, teacher_view(args, data)))
+    return network, build_distiller("vanilla", seeing, data=data.spec, seed=args.seed)
+
+
+def get_teacher(
+    args: argparse.Namespace, data: DataSet, config: TrainConfig, network: nn.Module, training: Distiller | None
+) -> Teacher:
+    """Return the teacher as it is, or trained now on what it will see."""
+    own = teacher_view(args, data)
+    if training is not None:
+        config = replace(config, epochs=args.teacher_epochs)
+        network = fit("teacher", training, None, data, config, args).get_submodule("network")
+        save_student(network, args.output / "teacher", describe(args, "teacher", data, own))
+        (args.output / "teacher.last.pt").unlink(missing_ok=True)
     return Teacher(network.to(args.device), data.spec, own_data=own)
 
 
@@ -245,29 +255,40 @@ def describe(args: argparse.Namespace, role: str, data: DataSet, seen: DataSpec)
     )
 
 
-def check_output(args: argparse.Namespace, data: DataSet, config: TrainConfig) -> None:
-    """Refuse an output folder that belongs to another run: a resumed one must be the same."""
+def check_output(args: argparse.Namespace, data: DataSet, config: TrainConfig) -> dict[str, Any]:
+    """Refuse an output folder that belongs to another run: a resumed one must be the same. Returns the settings of this one."""
     free = ("data_root", "output", "workers", "device", "license", "export", "onnx")  # what does not change the student
     settings: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in free}
     settings |= {"data": data.digest, "views": repr(data.augment), "training": asdict(config)}
     settings = json.loads(json.dumps(settings))
     file = args.output / "settings.json"
-    try:
-        if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            other = [name for name in settings if before.get(name) != settings[name]]
-            if other:
-                raise OptionError(
-                    f"The output folder {str(args.output)!r} holds another run (different: {', '.join(other)}); a call goes on "
-                    "only with the same settings; name another --output, or remove the folder."
-                )
-            return
+    with output_errors(args.output):
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else settings
+        other = [name for name in settings if before.get(name) != settings[name]]
+    if other:
+        raise OptionError(
+            f"The output folder {str(args.output)!r} holds another run (different: {', '.join(other)}); a call goes on "
+            "only with the same settings; name another --output, or remove the folder."
+        )
+    return settings
+
+
+def claim_output(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Make the output folder this run's: what was asked for can be done, so that a call with the same settings may go on."""
+    file = args.output / "settings.json"
+    with output_errors(args.output):
         args.output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    except DistillZooError:
-        raise
-    except (OSError, ValueError) as error:
-        raise DataError(f"The output folder {str(args.output)!r} cannot be used ({error}); name another with --output.") from error
+        if not file.is_file():
+            file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+@contextmanager
+def output_errors(output: Path) -> Iterator[None]:
+    """Say what is wrong with the output folder where a file of it cannot be read or written."""
+    try:
+        yield
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"The output folder {str(output)!r} cannot be used ({error}); name another with --output.") from error
 
 
 def measure(predict: Callable[[torch.Tensor], torch.Tensor], args: argparse.Namespace, data: DataSet, config: TrainConfig) -> float:
@@ -319,6 +340,8 @@ def run(args: argparse.Namespace) -> None:
         raise MissingDependencyError(
             '--onnx needs packages that are not installed; run pip install "distillzoo[onnx]", or do without.'
         )
+    if args.teacher_epochs < 0:
+        raise OptionError(f"--teacher-epochs must be 0 (take the teacher as it is) or more; got {args.teacher_epochs}.")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     config = TrainConfig(
@@ -336,6 +359,7 @@ def run(args: argparse.Namespace) -> None:
     weights = pairs(args.weight, "--weight") or None
     data = load_images(args)
     print(f"Data: {data.description}; {data.spec.num_classes} classes.")
+    settings = check_output(args, data, config)
     student = make_network(args, "student", data.spec.num_classes, args.student_checkpoint)
     stand_in = make_network(argparse.Namespace(**vars(args) | {"pretrained": False}), "teacher", data.spec.num_classes, None)
     try:  # before anything is trained or written: method, options and networks fit
@@ -344,8 +368,9 @@ def run(args: argparse.Namespace) -> None:
     except ShapeError as error:
         raise OptionError(f"{error} Here --crop is the student's size and --teacher-crop the teacher's.") from error
     del stand_in
-    check_output(args, data, config)
-    teacher = get_teacher(args, data, config)
+    network, training = make_teacher(args, data)
+    claim_output(args, settings)
+    teacher = get_teacher(args, data, config, network, training)
     accuracy = measure(lambda images: teacher(images).logits, args, data, config)
     print(f"Teacher {args.teacher}: {accuracy:.2f} % on the evaluation images.")
     kept = args.output / "model.safetensors"

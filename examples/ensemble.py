@@ -2,8 +2,8 @@
 
     python examples/ensemble.py
 
-The second teacher wants other images than the student: half the size and another normalisation. It says so, as timm's networks do,
-and sees the same crops in its own way.
+The second teacher was trained on other images than the student's: half the size and another normalisation. Both say what they want,
+as timm's networks do, and each sees the student's crops in its own way.
 """
 
 from __future__ import annotations
@@ -11,18 +11,25 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from distillzoo import Distiller, build_distiller, create_model
-from distillzoo.data import load_dataset
+from distillzoo.data import ResidentDataSet, load_dataset
 from distillzoo.engine import TrainConfig, evaluate
 from distillzoo.errors import UnsupportedPairError
 
 
-def train(distiller: Distiller, size: int, steps: int) -> None:
-    """Run the shortest loop there is: images, loss, step."""
+def images_of(size: int, mean: float, std: float) -> ResidentDataSet:
+    """The same classes at a size in pixels, minus a mean and divided by a deviation."""
     data = load_dataset("synthetic", num_classes=8, size=size, num_train=256, num_test=64)
+    assert isinstance(data, ResidentDataSet)  # it lies in memory, which is where its normalisation can be changed
+    return replace(data, spec=replace(data.spec, mean=(mean,) * 3, std=(std,) * 3))
+
+
+def train(distiller: Distiller, data: ResidentDataSet, steps: int) -> None:
+    """Run the shortest loop there is: images, loss, step."""
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.05, momentum=0.9)
     distiller.train()
     batches = [batch for epoch in range(steps) for batch in data.train_loader(64, seed=0).epoch(epoch)]
@@ -40,17 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     teachers = []
-    for name, size in (("tinycnn_32", 16), ("resnet8", 8)):
-        alone = build_distiller("vanilla", create_model(name, num_classes=8), input_size=size, seed=0)
-        train(alone, size, options.steps)
+    data = images_of(16, 0.5, 0.25)
+    for name, seen in (("tinycnn_32", data), ("resnet8", images_of(8, 0.0, 1.0))):
+        alone = build_distiller("vanilla", create_model(name, num_classes=8), data=seen.spec, seed=0)
+        train(alone, seen, options.steps)
         network = alone.export_student()
-        vars(network)["pretrained_cfg"] = {"input_size": (3, size, size), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+        wants = {"input_size": (3, *seen.spec.input_size), "mean": seen.spec.mean, "std": seen.spec.std}
+        vars(network)["pretrained_cfg"] = wants
         teachers.append(network)
 
-    data = load_dataset("synthetic", num_classes=8, size=16, num_train=256, num_test=64)
     student = create_model("tinycnn_8", num_classes=8)
     distiller = build_distiller("kd", student, teachers, data=data.spec, teacher_data="declared", seed=0)
-    train(distiller, 16, options.steps)
+    train(distiller, data, options.steps)
     config = TrainConfig(epochs=1)
     accuracy = evaluate(distiller.export_student(), data.eval_loader(64), config, torch.device("cpu"))[0]
     print(f"student of two teachers: {accuracy:.1f} %")

@@ -154,12 +154,50 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(photos, teacher_file, tm
     said = capsys.readouterr().err.strip()
     assert words in said
     assert len(said.splitlines()) == 1
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--teacher", "tinycnn_32", "--teacher-checkpoint", "nowhere.pt"), "The checkpoint 'nowhere.pt' does not exist"),
+        (("--teacher", "tinycnn_32", "--teacher-epochs", "-1"), "--teacher-epochs must be 0"),
+        (("--teacher", "timm/test_resnet", "--pretrained"), "could not be had"),
+    ],
+)
+def test_a_teacher_that_cannot_be_had_leaves_nothing(photos, tmp_path, capsys, monkeypatch, more, words):
+    """The corrected command is another one, and would be refused in a folder that the wrong one had made its own."""
+    real = timm.create_model
+
+    def offline(name, **options):
+        if options["pretrained"]:
+            raise ConnectionError("Name or service not known")
+        return real(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    student = tmp_path / "student.pt"
+    torch.save(create_model("tinycnn_8", num_classes=3).state_dict(), student)
+    base = command(photos, tmp_path / "out", "--student", "tinycnn_8", "--student-checkpoint", str(student), epochs=1)
+    assert example.main([*base, *more]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert example.main([*base, "--teacher", more[1], "--teacher-epochs", "0"]) == 0
 
 
 def test_an_output_folder_of_another_run_is_refused(photos, teacher_file, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "settings.json").write_text(json.dumps({"method": "at"}))
+    assert example.main(tiny(photos, tmp_path / "out", teacher_file)) == 2
+    assert "holds another run" in capsys.readouterr().err
+    (tmp_path / "out" / "settings.json").write_text("[]")
+    assert example.main(tiny(photos, tmp_path / "out", teacher_file)) == 2
+    assert "cannot be used" in capsys.readouterr().err
+
+
+def test_an_output_folder_of_another_run_is_refused_before_networks_are_made(photos, teacher_file, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text(json.dumps({"method": "at"}))
+    monkeypatch.setattr(example, "create_model", lambda *args, **options: pytest.fail("a network was made"))
     assert example.main(tiny(photos, tmp_path / "out", teacher_file)) == 2
     assert "holds another run" in capsys.readouterr().err
 
@@ -309,6 +347,24 @@ def test_flops_are_counted_twice_a_multiply_add(student):
     with pytest.raises((DistillZooError, RuntimeError)):
         forward_flops(linear, (5, 5))
     assert linear.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_card_of_a_student_of_half_precision(student, tmp_path, dtype):
+    flops = forward_flops(student, (16, 16))
+    write_model_card(tmp_path, student.to(dtype), INFO, accuracy=50.0, data="photos", recipe={})
+    assert forward_flops(student, (16, 16)) == flops
+
+
+def test_modes_of_single_modules_are_put_back(student, batches, tmp_path):
+    norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms[0].eval()  # a norm that its owner has frozen
+    forward_flops(student, (16, 16))
+    export_program(student, tmp_path / "student.pt2", batches)
+    with pytest.raises(RecordError):
+        export_program(student, tmp_path / "student.pt2", [batches[0], torch.zeros(1, 5, 16, 16)])
+    assert student.training
+    assert [norm.training for norm in norms] == [False, True, True]
 
 
 def test_the_card_of_one_of_our_networks(student, tmp_path):

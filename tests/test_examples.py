@@ -64,8 +64,17 @@ def test_a_run_that_was_stopped_ends_bit_equal(example, capsys, method):
     assert "bit-equal" in out
 
 
-def test_a_student_of_two_teachers(example, capsys):
-    assert example("ensemble").main(["--steps", "3"]) == 0
+def test_a_student_of_two_teachers(example, capsys, monkeypatch):
+    module, teachers = example("ensemble"), []
+    build = module.build_distiller
+    monkeypatch.setattr(
+        module,
+        "build_distiller",
+        lambda name, student, given=(), **options: teachers.extend(given) or build(name, student, given or None, **options),
+    )
+    assert module.main(["--steps", "3"]) == 0
+    one, other = (teacher.pretrained_cfg for teacher in teachers[:2])
+    assert all(one[what] != other[what] for what in ("input_size", "mean", "std")), "the second wants other images"
     out = capsys.readouterr().out
     assert re.search(r"student of two teachers: \d+\.\d %", out)
     assert "reviewkd: ReviewKD reads feature maps" in out
