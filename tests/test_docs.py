@@ -72,6 +72,13 @@ def test_python_of_a_page_runs(page, monkeypatch):
         exec(compile(padded, str(page), "exec"), names)
 
 
+def test_the_contract_names_all_that_a_distiller_has():
+    text = (ROOT / "docs" / "guide" / "contract.rst").read_text(encoding="utf-8")
+    public = [name for name in vars(Distiller) if not name.startswith("_")]
+    assert {"parts", "presets_with", "exempt_from_decay"} <= set(public)
+    assert [name for name in public if not re.search(rf"\b{name}\b", text)] == []
+
+
 def test_blocks_are_found():
     assert len(code_blocks((ROOT / "README.rst").read_text(encoding="utf-8"))) == 2
     text = "A\n\n.. code:: python\n\n    x = 1\n\n    y = 2\n\nB\n\n.. code-block:: bash\n\n    ls\n"
