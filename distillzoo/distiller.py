@@ -164,7 +164,7 @@ class Distiller(nn.Module, ABC):
             teacher: The teacher's trace of the same batch; without one the distiller runs its own teacher.
         Raises:
             OptionError: If something that the method requires is missing.
-            ShapeError: If images and targets do not fit.
+            ShapeError: If images, targets and index do not fit.
             TapError: If the given trace lacks a tap.
         """
         hard = isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
