@@ -18,6 +18,7 @@ from distillzoo.bench.records import Record, file_sha256
 from distillzoo.bench.rows import load_table
 from distillzoo.bench.table import make_table
 from distillzoo.data import DataSet
+from distillzoo.models import create_model
 from tests.bench.conftest import TINY, Call, Stop, records
 
 Load = Callable[[Recipe], DataSet]
@@ -164,3 +165,17 @@ def test_a_student_does_not_change_its_teacher_halfway(
     assert outcome.err.count("was damaged (last.pt was taught by another teacher (sha256 ") == 1, "the student alone goes on"
     assert teacher_of(records(output)["kd", 0])["sha256"] == new
     assert len(list((output / "quarantine").iterdir())) == 1
+
+
+def test_a_teacher_of_which_the_loss_is_not_finite_is_named_and_teaches_nobody(
+    call: Call, recipe_file: str, tmp_path: Path
+) -> None:
+    state = create_model("tinycnn_32", num_classes=3).state_dict()
+    large = {name: value * 1e30 if name.endswith("weight") else value for name, value in state.items()}
+    save_file(large, tmp_path / "teacher.safetensors")  # finite, what comes of it is not
+    arguments = ["--recipe", recipe_file, "--output", str(tmp_path / "runs"), "--seeds", "0"]
+    outcome = call(*arguments, "--teacher-checkpoint", str(tmp_path / "teacher.safetensors"))
+    assert outcome.code == 1
+    assert "The loss of the teacher tinycnn_32 on the evaluation images is" in outcome.err
+    assert "give another checkpoint" in outcome.err
+    assert set(records(tmp_path / "runs")) == {("vanilla", 0)}
