@@ -83,14 +83,14 @@ def near_matches(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     return [lowered[match] for match in get_close_matches(name.lower(), list(lowered), n=limit, cutoff=0.55)]
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], *, listed: str = "Registered") -> str:
-    """Write the sentence for an unknown name: what came, the near matches, and everything that is allowed.
+def unknown_name(kind: str, name: object, known: Iterable[str], *, listed: str = "Registered") -> str:
+    """Write the sentence for an unknown name, be it text or not: what came, the near matches, and everything that is allowed.
 
     Example:
         >>> unknown_name("distiller", "revewkd", ["kd", "reviewkd"])
         "Unknown distiller 'revewkd'. Did you mean 'reviewkd'? Registered: kd, reviewkd."
     """
     names = sorted(known)
-    matches = near_matches(name, names)
+    matches = near_matches(str(name), names)
     hint = f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
     return f"Unknown {kind} {name!r}.{hint} {listed}: {', '.join(names) or 'none'}."

@@ -7,10 +7,13 @@ They hold tensors and numbers and do nothing else: a network's stages (:class:`S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from numbers import Integral, Real
+from typing import Any, Literal, Protocol, get_args
 
+import torch
 from torch import Tensor, nn
 
 from distillzoo.errors import OptionError
@@ -43,9 +46,9 @@ class DataSpec:
         mean: Per-channel mean that was subtracted from images scaled to 0..1; its length is the number of channels.
         std: Per-channel standard deviation that the images were divided by.
         num_samples: Size of the training set (subset, where one is held out); ``index`` counts within it. Needed by memory banks.
-        targets: ``(num_samples,)`` int64 labels of the training set, for methods that draw by class.
+        targets: ``(num_samples,)`` int64 labels of the training set, from 0 to ``num_classes - 1``, for methods that draw by class.
     Raises:
-        OptionError: If a number is out of range or the lengths disagree.
+        OptionError: If a value is of another kind or out of range, or the lengths disagree.
     """
 
     num_classes: int
@@ -56,26 +59,56 @@ class DataSpec:
     targets: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.num_classes < 2:
-            raise OptionError(f"num_classes must be at least 2; got {self.num_classes}.")
-        if min(self.input_size) < 1:
-            raise OptionError(f"input_size must be positive pixels (height, width); got {self.input_size}.")
-        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
-            raise OptionError(f"mean and std need one number a channel each, std above 0; got mean={self.mean}, std={self.std}.")
-        if self.num_samples is not None and self.num_samples < 1:
-            raise OptionError(f"num_samples must be at least 1 or None; got {self.num_samples}.")
+        if not _at_least(2, self.num_classes):
+            raise OptionError(f"num_classes must be at least 2, a whole number; got {self.num_classes!r}.")
+        size = self.input_size
+        if not isinstance(size, Sequence) or len(size) != 2 or not all(_at_least(1, pixels) for pixels in size):
+            raise OptionError(f"input_size must be positive pixels (height, width), as (32, 32); got {size!r}.")
+        object.__setattr__(self, "input_size", tuple(size))
+        if not (_numbers(self.mean) and _numbers(self.std)) or len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise OptionError(
+                f"mean and std need one number a channel each, as (0.5, 0.5, 0.5), std above 0; got mean={self.mean!r}, "
+                f"std={self.std!r}."
+            )
+        for name in ("mean", "std"):  # lists, as of YAML, become what compares equal
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.num_samples is not None and not _at_least(1, self.num_samples):
+            raise OptionError(f"num_samples must be at least 1 or None, a whole number; got {self.num_samples!r}.")
         if self.targets is not None:
-            if self.targets.ndim != 1 or self.targets.dtype.is_floating_point:
-                raise OptionError(f"targets must be (N,) integer labels; got {tuple(self.targets.shape)} {self.targets.dtype}.")
+            self._check_targets(self.targets)
             if self.num_samples is None:
                 object.__setattr__(self, "num_samples", len(self.targets))
             if self.num_samples != len(self.targets):
                 raise OptionError(f"targets has {len(self.targets)} labels but num_samples is {self.num_samples}.")
 
+    def _check_targets(self, targets: Any) -> None:
+        if not isinstance(targets, Tensor):
+            raise OptionError(f"targets must be a tensor of integer labels (N,); got {type(targets).__name__}: torch.tensor(it).")
+        if targets.ndim != 1 or not len(targets) or targets.is_floating_point() or targets.dtype == torch.bool:
+            raise OptionError(f"targets must be (N,) integer labels, N at least 1; got {tuple(targets.shape)} {targets.dtype}.")
+        if targets.device.type == "cpu":  # elsewhere the host would wait for the device
+            low, high = (int(bound) for bound in torch.aminmax(targets))
+            if low < 0 or high >= self.num_classes:
+                raise OptionError(
+                    f"targets must be labels from 0 to {self.num_classes - 1}, as num_classes is {self.num_classes}; got {low} to "
+                    f"{high}: correct one of them."
+                )
+
     @property
     def channels(self) -> int:
         """Number of image channels."""
         return len(self.mean)
+
+
+def _at_least(least: int, value: Any) -> bool:
+    """Whether a value is a whole number from ``least`` on; a truth value is none."""
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
+
+
+def _numbers(values: Any) -> bool:
+    """Whether values are finite numbers, at least one."""
+    several = isinstance(values, Sequence) and len(values) > 0
+    return several and all(not isinstance(v, bool) and isinstance(v, Real) and math.isfinite(v) for v in values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,15 +260,24 @@ class Phase:
 
     Args:
         name: Name of the phase; the last phase of a method is ``"main"``.
-        epochs: Length in epochs; ``None`` takes the recipe's.
+        epochs: Length in epochs; ``None`` takes the recipe's, which alone decides on the main phase: all of a group share it.
         trainable: Patterns (:mod:`fnmatch`) of the distiller's parameter names that train; ``None`` trains all.
         terms: Names of the loss terms that count; ``None`` counts all.
+    Raises:
+        OptionError: If the main phase is given a length.
     """
 
     name: str = "main"
     epochs: int | None = None
     trainable: tuple[str, ...] | None = None
     terms: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name == "main" and self.epochs is not None:
+            raise OptionError(
+                f"The main phase takes its length from the training configuration; got epochs={self.epochs!r}: leave it out, or "
+                "give them to a phase of another name before it."
+            )
 
 
 @dataclass(frozen=True, eq=False)

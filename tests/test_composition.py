@@ -194,6 +194,12 @@ def test_what_a_member_says_of_the_main_phase_holds(monkeypatch):
     assert build("test_hint+kd").phases()[-1].trainable is not None
 
 
+def test_a_member_cannot_set_the_length_of_the_main_phase(monkeypatch):
+    monkeypatch.setattr(Hint, "phases", lambda self: (Phase(epochs=3),))
+    with pytest.raises(OptionError, match="The main phase takes its length from the training configuration; got epochs=3"):
+        build("test_hint+kd").phases()
+
+
 def test_one_member_may_predict_and_export_in_its_own_way():
     distiller = build("kd+test_doubles").eval()
     plain = distiller.student(IMAGES)

@@ -72,6 +72,7 @@ def test_weights_override_one_by_one_and_presets_by_name():
     [
         ({"hnit": 1.0}, "Unknown term of Hint 'hnit'. Did you mean 'hint'"),
         ("imagnet", "Unknown weight preset of Hint 'imagnet'. Did you mean 'imagenet'"),
+        ({1: 2.0}, "Unknown term of Hint 1. Its terms are: ce, hint"),
         ({"hint": math.nan}, "finite number"),
         ({"hint": None}, "finite number"),
     ],

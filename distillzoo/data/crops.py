@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,9 +67,12 @@ class CropViews:
             if not 0 < low <= high <= most:
                 raise OptionError(f"{name} must be two rising numbers above 0{' and at most 1' * (most == 1)}; got {(low, high)}.")
         for name in ("mean", "std"):  # numbers of a YAML list come as they like; records want them alike
-            values = tuple(float(value) for value in getattr(self, name))
-            if len(values) != 3 or (name == "std" and min(values) <= 0):
-                raise OptionError(f"{name} must be 3 numbers, one a channel{', above 0' * (name == 'std')}; got {values}.")
+            given = getattr(self, name)
+            values = _floats(given)
+            if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+                raise OptionError(
+                    f"{name} must be 3 numbers, one a channel{', above 0' * (name == 'std')}, as (0.5, 0.5, 0.5); got {given!r}."
+                )
             object.__setattr__(self, name, values)
 
     def draw(self, seed: int, view: str, phase: str, epoch: int, index: Tensor, sizes: Tensor) -> Tensor:
@@ -121,6 +125,14 @@ class CropViews:
         return torch.stack([torch.where(narrow, cut_height, height), torch.where(wide, cut_width, width)], 1)
 
 
+def _floats(values: Any) -> tuple[float, ...]:
+    """Return numbers as floats; of anything else nothing."""
+    try:
+        return () if isinstance(values, str) else tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        return ()
+
+
 def make_views(
     crop: int, resize: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, source: str = "image files"
 ) -> CropViews:
@@ -138,9 +150,8 @@ def make_views(
     if resize is None:
         resize = round(crop * 8 / 7) if isinstance(crop, int) else crop
     views = CropViews(crop=crop, resize=resize, source=source)
-    if mean is not None:
-        views = replace(views, mean=tuple(mean))
-    return views if std is None else replace(views, std=tuple(std))
+    given: dict[str, Any] = {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
+    return replace(views, **given)
 
 
 def centre_box(height: int, width: int, crop: int) -> tuple[int, int]:

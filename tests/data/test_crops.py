@@ -149,6 +149,11 @@ def test_the_middle_is_torchvisions():
         ({"scale": (0.5, 1.5)}, "at most 1"),
         ({"ratio": (2.0, 1.0)}, "two rising numbers"),
         ({"mean": (0.5,)}, "3 numbers"),
+        ({"mean": 0.5}, r"3 numbers, one a channel, as \(0\.5, 0\.5, 0\.5\); got 0\.5"),
+        ({"mean": "abc"}, "got 'abc'"),
+        ({"mean": "123"}, "got '123'"),
+        ({"std": (0.5, "x", 0.5)}, "'x'"),
+        ({"std": (0.5, float("nan"), 0.5)}, "nan"),
         ({"std": (0.5, 0.5, 0.0)}, "above 0"),
     ],
 )

@@ -245,6 +245,34 @@ def test_hidden_files_and_folders_are_other_programs_notes(tree):
     assert len(load_dataset("folder", root=tree, **SMALL).train) == 12
 
 
+@pytest.mark.parametrize("option", ["mean", "std"])
+@pytest.mark.parametrize("value", [0.5, "abc"])
+def test_a_normalisation_that_is_no_list_of_numbers_is_a_sentence(tree, option, value):
+    with pytest.raises(OptionError, match=f"{option} must be 3 numbers.*got {value!r}"):
+        load_dataset("folder", root=tree, **{option: value})
+
+
+def test_hidden_folders_are_not_even_looked_into(tree, monkeypatch):
+    (tree / "train" / "ant" / ".cache").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith(".cache"):  # as where another program keeps it to itself
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert len(load_dataset("folder", root=tree, **SMALL).train) == 12
+
+
+def test_folders_within_a_class_come_in_image_folders_order(tree):
+    for name in ("b", "a-b", "a", "a/z", "B"):
+        (tree / "train" / "ant" / name).mkdir(exist_ok=True)
+        picture(1).save(tree / "train" / "ant" / name / "000.png")
+    listed = load_dataset("folder", root=tree, **SMALL).train.names
+    assert list(listed) == [os.path.relpath(path, tree / "train") for path, _ in ImageFolder(tree / "train").samples]
+
+
 # ------------------------------------------------------------------ files that are not as they should be
 
 BAD = {
