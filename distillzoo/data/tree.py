@@ -256,6 +256,13 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the folders from ``top`` on with their files, and never look into a hidden one."""
+    for folder, below, files in os.walk(top, onerror=_raise, followlinks=True):
+        below[:] = [each for each in below if not each.startswith(".")]  # what stays here is walked next
+        yield folder, files
+
+
 def _list_images(part: Path, classes: Sequence[str]) -> Listing:
     """List the images of every class, folders within it included, in the order of torchvision's ``ImageFolder``."""
     names: list[str] = []
@@ -263,10 +270,7 @@ def _list_images(part: Path, classes: Sequence[str]) -> Listing:
     for label, name in enumerate(classes):
         images: list[str] = []
         others: list[str] = []
-        for folder, below, files in sorted(os.walk(part / name, onerror=_raise, followlinks=True)):
-            below[:] = [each for each in below if not each.startswith(".")]
-            if any(each.startswith(".") for each in Path(folder).relative_to(part).parts):
-                continue
+        for folder, files in sorted(_walk(part / name)):
             place = Path(folder).relative_to(part).as_posix()
             for file in sorted(file for file in files if not file.startswith(".")):  # hidden files are other programs' notes
                 (images if file.lower().endswith(EXTENSIONS) else others).append(f"{place}/{file}")
