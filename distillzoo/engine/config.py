@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal
 
 from distillzoo.errors import OptionError
 
@@ -36,7 +38,7 @@ class TrainConfig:
         channels_last: Memory layout of networks and images.
         eval_batch_size: Images in a batch of the evaluation; does not change the numbers but for rounding.
     Raises:
-        OptionError: If a value is out of range.
+        OptionError: If a value is of another kind or out of range.
     """
 
     epochs: int = 240
@@ -58,10 +60,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            if str(item.type).startswith(("int", "float")) and isinstance(getattr(self, item.name), bool):
-                raise OptionError(
-                    f"{item.name} of the training configuration must be a number; got {getattr(self, item.name)!r}; write one."
-                )
+            kind, value = str(item.type), getattr(self, item.name)
+            if kind == "bool":
+                self._check(item.name, isinstance(value, bool), "true or false")
+            elif kind.startswith("int"):
+                self._check(item.name, _is(Integral, value), "a whole number")
+            elif kind.startswith("float"):
+                self._check(item.name, _is(Real, value) or (value is None and "None" in kind), "a finite number")
+        given = self.milestones
+        whole = isinstance(given, Sequence) and all(_is(Integral, milestone) for milestone in given)
+        self._check("milestones", whole, "whole numbers, as (150, 180, 210)")
         for name in ("epochs", "batch_size", "eval_batch_size"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("lr", self.lr > 0, "above 0")
@@ -83,3 +91,8 @@ class TrainConfig:
         value = getattr(self, name)
         if not good or (isinstance(value, float) and not math.isfinite(value)):
             raise OptionError(f"{name} of the training configuration must be {allowed}; got {value!r}.")
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Whether a value is such a number; a truth value is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)

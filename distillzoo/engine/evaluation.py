@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distillzoo.engine.config import TrainConfig
-from distillzoo.types import Loader
+from distillzoo.types import Batch, Loader
 
 __all__ = ["evaluate", "evaluate_all"]
 
@@ -23,7 +23,11 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
 
 @torch.no_grad()
 def evaluate_all(
-    predictors: Mapping[str, Predictor], loader: Loader, config: TrainConfig, device: torch.device
+    predictors: Mapping[str, Predictor],
+    loader: Loader,
+    config: TrainConfig,
+    device: torch.device,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Evaluate several predictors on the same batches.
 
@@ -32,6 +36,7 @@ def evaluate_all(
         loader: The evaluation images, in order and without augmentation.
         config: Whose precision is used.
         device: Where the sums are kept; they reach the host once.
+        failed: Told the name of a predictor that raised, and what: it is left out, and the others go on. ``None``: it is raised.
     Returns:
         By name: top-1 accuracy in per cent, and mean cross-entropy.
     """
@@ -39,14 +44,25 @@ def evaluate_all(
     count = 0
     for batch in loader.epoch(0):
         count += len(batch.images)
-        for name, predict in predictors.items():
-            with autocast(config, device):
-                logits = predict(batch.images)
-            logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-            correct = (logits.argmax(1) == batch.targets).sum()
-            sums[name] += torch.stack([correct.double(), F.cross_entropy(logits, batch.targets, reduction="sum").double()])
+        for name in tuple(sums):
+            try:
+                sums[name] += _scores(predictors[name], batch, config, device)
+            except Exception as error:
+                if failed is None:
+                    raise
+                del sums[name]
+                failed(name, error)
     figures = {name: value.tolist() for name, value in sums.items()}
     return {name: (100.0 * correct / count, loss / count) for name, (correct, loss) in figures.items()}
+
+
+def _scores(predict: Predictor, batch: Batch, config: TrainConfig, device: torch.device) -> Tensor:
+    """Return the number of hits and the sum of the cross-entropy of a batch, float64."""
+    with autocast(config, device):
+        logits = predict(batch.images)
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    correct = (logits.argmax(1) == batch.targets).sum()
+    return torch.stack([correct.double(), F.cross_entropy(logits, batch.targets, reduction="sum").double()])
 
 
 def evaluate(module: torch.nn.Module, loader: Loader, config: TrainConfig, device: torch.device) -> tuple[float, float]:

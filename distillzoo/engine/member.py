@@ -13,7 +13,7 @@ from torch import Tensor
 from distillzoo.distiller import Distiller
 from distillzoo.engine.config import TrainConfig
 from distillzoo.engine.evaluation import autocast
-from distillzoo.engine.optim import gradient_norm_clipped, make_averaged, make_optimizer, make_scheduler
+from distillzoo.engine.optim import check_trains, gradient_norm_clipped, make_averaged, make_optimizer, make_scheduler
 from distillzoo.engine.reports import EpochReport, MemberResult
 from distillzoo.errors import OptionError, RecordError
 from distillzoo.streams import Stream, forked_generator
@@ -34,6 +34,8 @@ class Member:
         seed: Seed of the run: draws that networks make themselves (dropout) are seeded from it and the step.
         steps_per_epoch: Batches in an epoch.
         device: Where it trains.
+    Raises:
+        OptionError: If the method's phases do not end with ``main``, or nothing would train in one of them.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class Member:
         self.phases = tuple(distiller.phases())
         if not self.phases or self.phases[-1].name != "main":
             raise OptionError(f"The last phase of {type(distiller).__name__} must be called 'main'; got {self.phases}.")
+        for phase in self.phases:
+            check_trains(distiller, phase)
         self.phase_number = 0
         self.epoch = 0
         self.step = 0
@@ -102,7 +106,7 @@ class Member:
             self.distiller.zero_grad(set_to_none=True)
             out.loss.backward()
         if self.config.clip_norm is not None:
-            gradient_norm_clipped(self.distiller, self.config.clip_norm)
+            gradient_norm_clipped(self.distiller, self.optimizer, self.config.clip_norm)
         self.lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.scheduler.step()

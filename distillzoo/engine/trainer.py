@@ -103,8 +103,7 @@ class Trainer:
                 self._guarded(member, member.distiller.prepare, self.train)
             while member.status == "running" and member.phase_number < len(member.phases) - 1:
                 self._train_phase([member])  # a first phase is a member's own affair, on views of its own
-                if member.status == "running":
-                    member.finish_phase()
+                self._guarded(member, member.finish_phase)
         self._train_phase(list(self.members.values()))
         self._finish()
         return {name: member.result() for name, member in self.members.items()}
@@ -166,7 +165,8 @@ class Trainer:
     def _evaluate(self, active: Sequence[Member]) -> dict[str, tuple[float, float]]:
         for member in active:
             member.distiller.eval()
-        return evaluate_all({member.name: member.predict for member in active}, self.evaluation, self.config, self.device)
+        predictors = {member.name: member.predict for member in active}
+        return evaluate_all(predictors, self.evaluation, self.config, self.device, lambda name, e: _failed(self.members[name], e))
 
     def _guarded(self, member: Member, action: Callable[..., None], *args: Any) -> None:
         """Run a member's own code; what goes wrong there ends this member, not the group."""
@@ -175,5 +175,10 @@ class Trainer:
         try:
             action(*args)
         except Exception as error:  # whatever it is: the traceback is logged, the others go on
-            _LOG.error("member %s failed", member.name, exc_info=True)
-            member.fail("failed", f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}")
+            _failed(member, error)
+
+
+def _failed(member: Member, error: Exception) -> None:
+    """Mark a member that failed; called where the error is caught, whose traceback is logged."""
+    _LOG.error("member %s failed", member.name, exc_info=True)
+    member.fail("failed", f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}")

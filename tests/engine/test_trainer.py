@@ -252,6 +252,74 @@ def test_a_member_that_diverges_or_fails_is_marked_and_the_others_go_on():
     assert same(weights_of(alone, "good"), weights_of(trainer, "good"))
 
 
+class FailsToPredict(Counting):
+    """Predicts what a test asks for once a number of epochs is over."""
+
+    def predict(self, images):
+        if int(self.step) > 4:
+            raise RuntimeError("no prediction")
+        return super().predict(images)
+
+
+class Shapeless(Counting):
+    def predict(self, images):
+        return super().predict(images)[:-1]
+
+
+@pytest.mark.parametrize(("method", "epochs", "words"), [(FailsToPredict, 1, "no prediction"), (Shapeless, 0, "size")])
+def test_a_member_whose_prediction_fails_is_marked_and_the_others_go_on(method, epochs, words):
+    trainer = make({"bad": (method, {}), "good": ("kd", {})})
+    results = trainer.run()
+    assert results["bad"].status == "failed"
+    assert words in results["bad"].message
+    assert results["bad"].epochs == epochs
+    assert results["bad"].last_accuracy is None
+    assert (results["good"].status, results["good"].epochs) == ("done", 3)
+    alone = make({"good": ("kd", {})})
+    assert alone.run()["good"].last_accuracy == results["good"].last_accuracy
+    assert same(weights_of(alone, "good"), weights_of(trainer, "good"))
+
+
+def test_a_group_of_which_no_member_predicts_ends():
+    assert make({"bad": (Shapeless, {})}).run()["bad"].status == "failed"
+
+
+class Freezes(TwoPhase):
+    """Has nothing left to train when its first phase is over."""
+
+    def phases(self):
+        return (Phase("adapter", 1, ("adapter.*",), ("scale",)), Phase(trainable=("student.*",)))
+
+    def after_step(self):
+        self.student.requires_grad_(False)
+
+
+def test_a_member_that_cannot_begin_its_next_phase_is_marked_and_the_others_go_on():
+    results = make({"bad": (Freezes, {}), "good": ("kd", {})}, TrainConfig(epochs=1, batch_size=8)).run()
+    assert results["bad"].status == "failed"
+    assert "The phase 'main' of Freezes trains nothing" in results["bad"].message
+    assert results["good"].status == "done"
+
+
+class Misspelt(TwoPhase):
+    def phases(self):
+        return (Phase("first", 1, ("adapter.*",)), Phase("second", 1, ("adaptor.*",)), Phase())
+
+
+class Long(TwoPhase):
+    def phases(self):
+        return (Phase(epochs=3),)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [(Misspelt, r"'second' of Misspelt trains nothing.*'adaptor\.\*'"), (Long, "The main phase takes its length")],
+)
+def test_phases_that_cannot_be_are_refused_before_the_first_epoch(method, words):
+    with pytest.raises(OptionError, match=words):
+        make({"bad": (method, {}), "good": ("kd", {})})
+
+
 def test_teacher_is_untouched():
     trainer = make(METHODS)
     before = {key: value.clone() for key, value in trainer.teacher.module.state_dict().items()}
@@ -312,6 +380,17 @@ def test_wrong_groups_and_states_are_refused():
     "wrong",
     [
         {"epochs": 0},
+        {"epochs": "3"},
+        {"epochs": 2.5},
+        {"epochs": None},
+        {"batch_size": True},
+        {"lr": "0.1"},
+        {"ema_decay": "0.9"},
+        {"nesterov": "no"},
+        {"milestones": (1.5, 3)},
+        {"milestones": ("1", "2")},
+        {"milestones": 3},
+        {"milestones": "12"},
         {"lr": 0.0},
         {"lr": math.nan},
         {"momentum": 1.0},
