@@ -20,7 +20,6 @@ __all__ = ["RecordedDataSet", "recorded_data", "several_sets", "unused_records"]
 
 _DIFFERENCES = {
     "results_version": "of another version",
-    "data": "of other images, another split or augmentation",
     "student": "of other students",
     "config": "trained otherwise",
     "method": "of other methods",
@@ -118,25 +117,25 @@ def several_sets(root: Path, recipe: Recipe) -> str:
 
 
 def unused_records(root: Path, plan: Plan) -> str:
-    """Say how many finished records of a folder a plan does not ask for, and by what they differ; empty if there are none.
+    """Say how many records of a plan's images it does not ask for, and by what they differ; empty if none, or if no run is missing.
+
+    Records of other images, splits and augmentations may lie in the folder on purpose, and nothing is said of them.
 
     Args:
         root: Folder of the records.
         plan: The plan of a table.
     """
     runs = plan.runs
-    asked = {name: {canonical_json(run.identity.get(name)) for run in runs.values()} for name in _DIFFERENCES}
+    asked = {name: {canonical_json(run.identity.get(name)) for run in runs.values()} for name in ("data", *_DIFFERENCES)}
+    found = {run_id: one["identity"] for run_id, one in _finished(root) if canonical_json(one["identity"]["data"]) in asked["data"]}
     reasons: Counter[str] = Counter()
-    count = 0
-    for run_id, result in _finished(root):
-        count += 1
-        if run_id not in runs:
-            differs = (name for name, known in asked.items() if canonical_json(result["identity"].get(name)) not in known)
-            reasons[_DIFFERENCES.get(next(differs, ""), "in another combination")] += 1
-    if not reasons:
+    for identity in (identity for run_id, identity in found.items() if run_id not in runs):
+        differs = (name for name, known in asked.items() if canonical_json(identity.get(name)) not in known)
+        reasons[_DIFFERENCES.get(next(differs, ""), "in another combination")] += 1
+    if not reasons or runs.keys() <= found.keys():
         return ""
     listed = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
-    return f"{reasons.total()} of {count} finished records in this folder are not asked for by this table: {listed}."
+    return f"{reasons.total()} of {len(found)} finished records of these images are not asked for by this table: {listed}."
 
 
 def _name(recipe: Recipe) -> str:
