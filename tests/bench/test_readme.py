@@ -16,7 +16,6 @@ README = (ROOT / "README.rst").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^\.\. table: (\w+) begin\n(.*?)^\.\. table: \1 end$", README, re.DOTALL | re.MULTILINE))
 STALE = {
     "cifar100_cpu": "the weights of its table were chosen anew, and the records of three seeds are still being made",
-    "digits": "captions say more than they did when it was written; publish.py writes it anew",
 }
 
 
