@@ -158,12 +158,12 @@ class Command:
             if options.action != "table-only":
                 raise
             found = recorded_data(options.output, recipe)
+            if found is not None:
+                return found
             several = several_sets(options.output, recipe)
-            if found is None and several:
+            if several:
                 raise DataError(f"{error} {several}") from error
-            if found is None:
-                raise
-            return found
+            raise
 
     def _load_images(self, recipe: Recipe) -> DataSet:
         options = self.options

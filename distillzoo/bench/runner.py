@@ -194,7 +194,7 @@ class SerialRunner:
         results = task.run(self.store, begin, progress, finish)
         last = {runs[run_id].row.label: result.last_accuracy for run_id, result in results.items()}
         figures = [f"{title} {accuracy:.2f}" for title, accuracy in last.items() if accuracy is not None]
-        self.console.say(f"{group.pair} seed {group.seed}: {', '.join(figures)}.")
+        self.console.say(f"{group.pair} seed {group.seed}: {', '.join(figures) or 'no run came to its end'}.")
 
     def _finish(
         self, run: Run, result: MemberResult, student: nn.Module | None, teacher: dict[str, Any] | None, where: dict[str, Any]

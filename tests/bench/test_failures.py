@@ -229,6 +229,13 @@ def test_a_diverged_member_leaves_the_others_alone(finished: Path, call: Call, r
 
 
 @pytest.mark.usefixtures("bad_methods")
+def test_a_group_without_a_figure_says_so(call: Call, recipe_file: str, tmp_path: Path) -> None:
+    outcome = call("--recipe", recipe_file, "--output", str(tmp_path / "runs"), "--seeds", "0", "--methods", "zz_diverging")
+    assert outcome.code == 1
+    assert "seed 0: no run came to its end." in outcome.out
+
+
+@pytest.mark.usefixtures("bad_methods")
 def test_a_member_that_is_lost_in_its_last_step_leaves_the_others_alone(
     finished: Path, call: Call, recipe_file: str, tmp_path: Path
 ) -> None:
