@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillzoo.casting import OwnTensors, full_precision_trace
-from distillzoo.errors import OptionError, ShapeError, TapError, UnsupportedPairError, unknown_name
+from distillzoo.checking import check_batch, check_trace
+from distillzoo.errors import OptionError, UnsupportedPairError, unknown_name
 from distillzoo.schedules import Schedule, Weight
 from distillzoo.streams import Stream, draw_seed
 from distillzoo.taps import Tapped, Teacher, pair_from_deep_end, remove_hooks
@@ -169,13 +170,14 @@ class Distiller(nn.Module, ABC):
         """
         hard = isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
         batch = Batch(images, targets.to(torch.int64) if hard else targets, index, second_view)
-        self._check_batch(batch)
+        check_batch(batch, self.data, self.requires, type(self).__name__)
         student = self.student_net(images)
         if second_view is not None and self.requires.second_view:
             student = Trace(student.logits, student.features, self.student_net(second_view))
         if teacher is None and self.teacher_net is not None and self.requires.teacher:
             teacher = self.teacher_net.trace(batch)
-        self._check_trace(teacher)
+        if self.requires.teacher and self.teacher_net is not None:
+            check_trace(teacher, self.teacher_net, self.requires, type(self).__name__)
         with torch.autocast(images.device.type, enabled=False):
             student, teacher = full_precision_trace(student), None if teacher is None else full_precision_trace(teacher)
             terms = {"ce": F.cross_entropy(student.logits, batch.targets)}
@@ -282,56 +284,6 @@ class Distiller(nn.Module, ABC):
         for part in self.parts():
             yield from part._distillers()
 
-    def _check_batch(self, batch: Batch) -> None:
-        name = type(self).__name__
-        if not (isinstance(batch.images, Tensor) and isinstance(batch.targets, Tensor)):
-            raise ShapeError(
-                f"images and targets must be tensors; got {type(batch.images).__name__}, {type(batch.targets).__name__}."
-            )
-        if not batch.images.is_floating_point():
-            raise ShapeError(f"images must be floating-point and normalised; got {batch.images.dtype}: scale and normalise them.")
-        if batch.images.ndim != 4 or not len(batch.images):
-            raise ShapeError(f"images must be (B, C, H, W) with B at least 1; got {tuple(batch.images.shape)}.")
-        if batch.targets.ndim not in (1, 2) or len(batch.targets) != len(batch.images):
-            raise ShapeError(
-                f"targets must be (B,) labels or (B, num_classes) probabilities with B = {len(batch.images)}; "
-                f"got {tuple(batch.targets.shape)}."
-            )
-        if batch.targets.ndim == 2 and batch.targets.shape[1] != self.data.num_classes:
-            raise ShapeError(f"Soft targets must be (B, {self.data.num_classes}); got {tuple(batch.targets.shape)}.")
-        if batch.targets.ndim == 1 and batch.targets.is_floating_point():
-            raise ShapeError(
-                f"Labels of shape (B,) must be integers; got {batch.targets.dtype}: convert them, or pass probabilities."
-            )
-        if batch.targets.ndim == 2 and not batch.targets.is_floating_point():
-            raise ShapeError(f"Soft targets must be floating-point probabilities; got {batch.targets.dtype}: convert them.")
-        self._check_labels(batch.targets)
-        if self.requires.hard_labels and batch.targets.ndim != 1:
-            raise OptionError(f"{name} needs class numbers; got soft targets {tuple(batch.targets.shape)}: switch mixing off.")
-        if self.requires.index:
-            _check_positions(name, batch.index, len(batch.images))
-        if self.requires.second_view and batch.second_view is None:
-            raise OptionError(f"{name} needs second_view=: another augmentation of the same images.")
-
-    def _check_labels(self, targets: Tensor) -> None:
-        """Refuse labels that are no class; only where reading them does not make the host wait for a device."""
-        if targets.ndim == 2 or targets.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        low, high = (int(bound) for bound in torch.aminmax(targets))
-        if low < 0 or high >= self.data.num_classes:
-            raise ShapeError(f"Labels must be from 0 to {self.data.num_classes - 1}; got {low} to {high}: check the data set.")
-
-    def _check_trace(self, teacher: Trace | None) -> None:
-        if not self.requires.teacher or self.teacher_net is None:
-            return
-        if teacher is None:
-            raise OptionError(f"{type(self).__name__} got no teacher trace and has no teacher to make one.")
-        if self.requires.second_view and teacher.second is None:
-            raise OptionError(f"{type(self).__name__} needs the teacher's trace of the second view too: Trace.second is None.")
-        missing = [name for name in self.teacher_net.names(*self.requires.teacher_taps) if name not in teacher.features]
-        if missing:
-            raise TapError(f"The teacher's trace lacks {', '.join(missing)}; request them: teacher.request({missing[0]!r}, ...).")
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if not isinstance(fn, OwnTensors):  # the distiller that was called, not one that it is made of: the networks first
             self._apply_to_networks(fn)
@@ -362,19 +314,6 @@ class Distiller(nn.Module, ABC):
         distillers = [module for module in self.modules() if isinstance(module, Distiller)]
         nets = [net for each in distillers for net in (each.student_net, each.teacher_net) if net is not None]
         return list(dict.fromkeys(net.module for net in nets))
-
-
-def _check_positions(name: str, index: Any, count: int) -> None:
-    """Refuse what are no positions of the samples, by type and shape alone: a shorter index would broadcast and train on."""
-    if index is None:
-        raise OptionError(f"{name} needs index=: the (B,) positions of the samples in the training set.")
-    got = f"{tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else type(index).__name__
-    integers = isinstance(index, Tensor) and not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
-    if not integers or index.shape != (count,):
-        raise ShapeError(
-            f"index must be ({count},) integers, one position in the training set for every image; got {got}: pass those that the "
-            "loader drew the images by."
-        )
 
 
 def option_defaults(method: type[Distiller]) -> dict[str, Any]:
