@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -176,14 +177,45 @@ def estimate(
         device: Where it would run.
         say: Told what is being measured.
     """
-    jobs = {group.teacher.id: group.teacher for group in groups if group.teacher is not None}
-    missing = [job for job in jobs.values() if not job.imported and teachers.find(job) is None]
-    entries: list[tuple[str, int, Cost]] = []
+    of_teachers, teacher_problems = _teacher_costs(groups, teachers, device, say)
+    of_groups, group_problems = _group_costs(groups, device, say)
+    costs, problems = of_teachers + of_groups, teacher_problems | group_problems
+    table = as_text(
+        ["group", "members", "steps", "ms/step", "minutes", "peak MiB", "TFLOP/step", "hours"], [_line(each) for each in costs]
+    )
+    data = "".join(f"\n{text}." for text in dict.fromkeys(group.data.description for group in groups))
+    failed = "".join(f"\n{sentence}" for sentence in problems)
+    return f"{table}\n\n{_sum_up(plan, groups, [each.cost for each in costs], device)}{data}{failed}", not problems
+
+
+class _Entry(NamedTuple):
+    """One line of the table: what is trained, how many members at once, and what it costs."""
+
+    name: str
+    size: int
+    cost: Cost
+
+
+def _teacher_costs(
+    groups: Sequence[Group], teachers: TeacherStore, device: torch.device, say: Callable[[str], None]
+) -> tuple[list[_Entry], dict[str, None]]:
+    """Measure every teacher that is to be trained; also what could not be measured, in sentences."""
+    entries: list[_Entry] = []
     problems: dict[str, None] = {}
-    for job in missing:
+    jobs = {group.teacher.id: group.teacher for group in groups if group.teacher is not None}
+    for job in jobs.values():
+        if job.imported or teachers.find(job) is not None:
+            continue
         say(f"Measuring teacher {job.name} ...")
-        entries.append((f"teacher {job.name}", 1, _guarded(partial(measure, teachers.task(job, device)))))
-        problems |= _explained(f"teacher {job.name}", entries[-1][2], {})
+        entries.append(_Entry(f"teacher {job.name}", 1, _guarded(partial(measure, teachers.task(job, device)))))
+        problems |= _explained(entries[-1].name, entries[-1].cost, {})
+    return entries, problems
+
+
+def _group_costs(groups: Sequence[Group], device: torch.device, say: Callable[[str], None]) -> tuple[list[_Entry], dict[str, None]]:
+    """Measure every group, those that differ in their seed alone once; also what could not be measured, in sentences."""
+    entries: list[_Entry] = []
+    problems: dict[str, None] = {}
     measured: dict[str, Cost] = {}
     for group in groups:
         rows = [(run.row.name, run.row.point) for run in group.runs]
@@ -194,39 +226,40 @@ def estimate(
             problems |= _explained(str(group.pair), measured[key], {run.id: run.row.label for run in group.runs})
             if not measured[key].faults:  # it may be half an hour until the last one is measured
                 say(f"... {1000 * measured[key].step_seconds:.1f} ms/step, {measured[key].minutes / 60:.2f} hours a seed.")
-        entries.append((f"{group.pair} seed {group.seed}", len(group.runs), measured[key]))
-    lines = [
-        [name, str(size), *["-"] * 4, f"{cost.flops / 1e12:.3g}" if cost.flops else "-", "failed"]
-        if cost.faults
-        else [
-            name,
-            str(size),
-            str(cost.steps),
-            f"{1000 * cost.step_seconds:.1f}",
-            f"{cost.minutes:.1f}",
-            f"{cost.memory:.0f}",
-            f"{cost.flops / 1e12:.3g}",
-            f"{cost.minutes / 60:.2f}",
-        ]
-        for name, size, cost in entries
+        entries.append(_Entry(f"{group.pair} seed {group.seed}", len(group.runs), measured[key]))
+    return entries, problems
+
+
+def _line(entry: _Entry) -> list[str]:
+    cost = entry.cost
+    if cost.faults:
+        return [entry.name, str(entry.size), *["-"] * 4, f"{cost.flops / 1e12:.3g}" if cost.flops else "-", "failed"]
+    return [
+        entry.name,
+        str(entry.size),
+        str(cost.steps),
+        f"{1000 * cost.step_seconds:.1f}",
+        f"{cost.minutes:.1f}",
+        f"{cost.memory:.0f}",
+        f"{cost.flops / 1e12:.3g}",
+        f"{cost.minutes / 60:.2f}",
     ]
-    total = sum(cost.minutes for _, _, cost in entries)
-    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    table = as_text(["group", "members", "steps", "ms/step", "minutes", "peak MiB", "TFLOP/step", "hours"], lines)
+
+
+def _sum_up(plan: Plan, groups: Sequence[Group], costs: Sequence[Cost], device: torch.device) -> str:
+    """Say what all of it takes, for how many cells, and how it was measured."""
+    minutes = sum(cost.minutes for cost in costs)
     left = {run.id for group in groups for run in group.runs}
     cells = {(cell.pair, cell.row.label) for cell in plan.cells if cell.run.id in left}
-    how = f"measured over at most {_STEPS} steps of every kind of group; nothing was written"
-    tried = sorted({size for _, _, cost in entries for size in cost.tried})
-    small = (
-        f" Steps above {_MOST_FLOPS / 1e12:g} TFLOP: time and memory are told from batches of {tried[0]} and {tried[1]}."
-        if tried
-        else ""
+    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    said = (
+        f"In all {minutes:.1f} minutes ({minutes / 60:.2f} hours) for {len(cells)} cells of {len(left)} runs on {where}, measured "
+        f"over at most {_STEPS} steps of every kind of group; nothing was written."
     )
-    data = "".join(f"\n{text}." for text in dict.fromkeys(group.data.description for group in groups))
-    failed = "".join(f"\n{sentence}" for sentence in problems)
-    sum_up = f"In all {total:.1f} minutes ({total / 60:.2f} hours) for {len(cells)} cells of {len(left)} runs on {where}, {how}."
-    text = f"{table}\n\n{sum_up}{small}{data}{failed}"
-    return text, not problems
+    tried = sorted({size for cost in costs for size in cost.tried})
+    if tried:
+        said += f" Steps above {_MOST_FLOPS / 1e12:g} TFLOP: time and memory are told from batches of {tried[0]} and {tried[1]}."
+    return said
 
 
 def _guarded(action: Callable[[], Cost]) -> Cost:
