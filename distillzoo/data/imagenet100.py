@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -18,7 +18,7 @@ from distillzoo.data.folder import FolderDataSet, folder_from_tree
 from distillzoo.data.images import EXTENSIONS
 from distillzoo.data.packed import PackedDataSet, packed_set
 from distillzoo.data.packing import read_index
-from distillzoo.data.tree import find_parts, read_tree
+from distillzoo.data.tree import find_parts, read_tree, walk_visible
 from distillzoo.errors import DataError, OptionError
 
 __all__ = ["imagenet100", "present_classes"]
@@ -74,26 +74,8 @@ def imagenet100(
         )
     place = Path(root).expanduser()
     if packed:
-        index = read_index(place)
-        _refuse_none(wanted, index.classes, place, packed=True)
-        chosen = _choose(wanted, {place.name: frozenset(index.classes)}, place, allow_missing_classes)
-        title = f"ImageNet, {chosen}"
-        load = partial(
-            packed_set,
-            place,
-            crop=crop,
-            resize=resize,
-            mean=mean,
-            std=std,
-            name="imagenet100_packed",
-            title=title,
-            classes=chosen.wnids,
-        )
-        images = load(split="test", verify=verify)
-        bad = _bad_images(index.skipped, chosen)
-        found = (len(images.train) + bad[0], len(images.evaluation) + bad[1])
-        _check_counts(chosen, found, place, allow_missing_classes, seeded=index.seeded)
-        return replace(images if split == "test" else load(split=split, verify=False), class_list=chosen)
+        load = partial(packed_set, place, crop=crop, resize=resize, mean=mean, std=std, name="imagenet100_packed")
+        return _packed_classes(place, wanted, load, split, allow_missing=allow_missing_classes, verify=verify)
     cropped = make_views(crop, resize, mean, std)
     chosen = present_classes(place, wanted, allow_missing=allow_missing_classes)
     tree = read_tree(place, classes=chosen.wnids, skip_bad=skip_bad)
@@ -103,6 +85,21 @@ def imagenet100(
     title = f"ImageNet, {chosen}" + (", a fifth split off" if tree.seeded else "")
     data = folder_from_tree(tree, cropped, split=split, name="imagenet100", title=title, workers=workers)
     return replace(data, class_list=chosen)
+
+
+def _packed_classes(
+    place: Path, wanted: ClassList, load: Callable[..., PackedDataSet], split: SplitName, *, allow_missing: bool, verify: bool
+) -> PackedDataSet:
+    """Load the classes of a list from a packed folder; ``load`` takes title, classes, split and ``verify``."""
+    index = read_index(place)
+    _refuse_none(wanted, index.classes, place, packed=True)
+    chosen = _choose(wanted, {place.name: frozenset(index.classes)}, place, allow_missing)
+    load = partial(load, title=f"ImageNet, {chosen}", classes=chosen.wnids)
+    images = load(split="test", verify=verify)
+    bad = _bad_images(index.skipped, chosen)
+    found = (len(images.train) + bad[0], len(images.evaluation) + bad[1])
+    _check_counts(chosen, found, place, allow_missing, seeded=index.seeded)
+    return replace(images if split == "test" else load(split=split, verify=False), class_list=chosen)
 
 
 def present_classes(root: str | PathLike[str], wanted: ClassList, *, allow_missing: bool = False) -> ClassList:
@@ -139,7 +136,7 @@ def present_classes(root: str | PathLike[str], wanted: ClassList, *, allow_missi
 
 
 def _has_image(folder: Path) -> bool:
-    return any(file.lower().endswith(EXTENSIONS) for _, _, files in os.walk(folder) for file in files)
+    return folder.is_dir() and any(file.lower().endswith(EXTENSIONS) for _, files in walk_visible(folder) for file in files)
 
 
 def _choose(wanted: ClassList, there: Mapping[str, Collection[str]], place: Path, allow_missing: bool) -> ClassList:
@@ -193,7 +190,7 @@ def _deeper(place: Path, wanted: ClassList) -> Iterator[Path]:
         level = [Path(entry) for folder in level for entry in sorted(os.scandir(folder), key=_entry_name) if entry.is_dir()][:_MANY]
         for folder in level:
             train = folder / "train" if (folder / "train").is_dir() else folder
-            if any(_has_image(train / wnid) for wnid in wanted.wnids if (train / wnid).is_dir()):
+            if any(_has_image(train / wnid) for wnid in wanted.wnids):
                 yield folder
 
 

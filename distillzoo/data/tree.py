@@ -18,7 +18,7 @@ from distillzoo.data.images import EXTENSIONS, inspect_image, unusable
 from distillzoo.data.splits import class_ranks
 from distillzoo.errors import DataError, OptionError, near_matches
 
-__all__ = ["EVALUATION_FOLDERS", "Listing", "Tree", "available_cpus", "find_parts", "hold_out_rows", "read_tree"]
+__all__ = ["EVALUATION_FOLDERS", "Listing", "Tree", "available_cpus", "find_parts", "hold_out_rows", "read_tree", "walk_visible"]
 
 EVALUATION_FOLDERS = ("val", "validation", "test")
 """Folders beside ``train`` that evaluation images are looked for in, in this order."""
@@ -256,11 +256,17 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the folders from ``top`` on with their files, and never look into a hidden one."""
+def walk_visible(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the folders from ``top`` on with their files; what is hidden are other programs' notes, and is left out.
+
+    Args:
+        top: The folder.
+    Raises:
+        OSError: If it or one below cannot be read.
+    """
     for folder, below, files in os.walk(top, onerror=_raise, followlinks=True):
         below[:] = [each for each in below if not each.startswith(".")]  # what stays here is walked next
-        yield folder, files
+        yield folder, [file for file in files if not file.startswith(".")]
 
 
 def _list_images(part: Path, classes: Sequence[str]) -> Listing:
@@ -270,9 +276,9 @@ def _list_images(part: Path, classes: Sequence[str]) -> Listing:
     for label, name in enumerate(classes):
         images: list[str] = []
         others: list[str] = []
-        for folder, files in sorted(_walk(part / name)):
+        for folder, files in sorted(walk_visible(part / name)):
             place = Path(folder).relative_to(part).as_posix()
-            for file in sorted(file for file in files if not file.startswith(".")):  # hidden files are other programs' notes
+            for file in sorted(files):
                 (images if file.lower().endswith(EXTENSIONS) else others).append(f"{place}/{file}")
         if not images:
             there = f"it holds {_some(others)}" if others else "it is empty"

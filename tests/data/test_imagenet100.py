@@ -135,6 +135,16 @@ def test_missing_classes_are_named_counted_and_refused(copy: Path, classes: Path
         load_dataset("imagenet100", root=copy, class_list=classes, allow_missing_classes=True, **SMALL)
 
 
+@pytest.mark.parametrize("hidden", [".trash/000.jpg", "._000.jpg"])
+def test_hidden_images_make_no_class(hidden: str, copy: Path, classes: Path):
+    folder = copy / "val" / WNIDS[0]
+    shutil.rmtree(folder)
+    (folder / hidden).parent.mkdir(parents=True)
+    (folder / hidden).write_bytes(b"another program's")
+    with pytest.raises(DataError, match=r"lacks 1 of the 3 classes .* \(train has 3, val has 2\): n01443537 \(goldfish\)"):
+        load_dataset("imagenet100", root=copy, class_list=classes, **SMALL)
+
+
 def test_missing_classes_that_are_allowed(copy: Path, classes: Path):
     shutil.rmtree(copy / "val" / WNIDS[0])
     with pytest.warns(UserWarning, match=r"lacks 1 of the 3 classes .* goes without: n01443537 \(goldfish\)\.$"):
