@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from distillzoo.distiller import Distiller, option_defaults
 from distillzoo.errors import DistillZooError, OptionError, ShapeError, failure_of
 from distillzoo.registry import DISTILLERS
 from distillzoo.stages import Probe
 from distillzoo.taps import Tapped, Teacher
 from distillzoo.types import DataSpec, Stage
 
-__all__ = ["check_arguments", "check_classes", "check_option", "check_taps", "measured_data", "tapped_student"]
+__all__ = ["check_arguments", "check_classes", "check_taps", "measured_data", "tapped_student"]
 
 _GUESSED_SIZES = ((224, 224), (32, 32))
 
@@ -122,40 +119,6 @@ def check_taps(taps: Any) -> None:
     for part in taps or {}:
         if part not in ("student", "teacher"):
             raise OptionError(f"taps has the keys 'student' and 'teacher'; got {part!r}.")
-
-
-def check_option(member: str, method: type[Distiller], name: str, value: Any) -> None:
-    """Refuse what is no number where an option is one, and what is no truth value where it is one; ``None`` where it may be.
-
-    What kind an option is says its annotation; what values are in range the method says itself.
-
-    Args:
-        member: The method's name, for the sentence.
-        method: The class.
-        name: The option.
-        value: What was given for it.
-    Raises:
-        OptionError: If it is of another kind.
-    Example:
-        >>> from distillzoo.methods.rkd import RKD
-        >>> check_option("rkd", RKD, "normalize", "off")
-        Traceback (most recent call last):
-        distillzoo.errors.OptionError: The option normalize of rkd is True or False; got 'off'; the default is False.
-    """
-    try:
-        wanted = get_type_hints(method.__init__).get(name)
-    except NameError:  # somebody's own method whose annotations do not exist at run time
-        return
-    kinds = set(get_args(wanted)) if get_origin(wanted) in (Union, UnionType) else {wanted}
-    default = option_defaults(method)[name]
-    if value is None and type(None) in kinds:
-        return
-    kinds.discard(type(None))
-    if kinds == {bool} and not isinstance(value, bool):
-        raise OptionError(f"The option {name} of {member} is True or False; got {value!r}; the default is {default}.")
-    if kinds <= {int, float} and (isinstance(value, bool) or not isinstance(value, Real)):
-        hint = " Text such as '1e-6' is no number in YAML; write 1.0e-6." if isinstance(value, str) else ""
-        raise OptionError(f"The option {name} of {member} must be a number; got {value!r}; the default is {default!r}.{hint}")
 
 
 def measured_data(student: nn.Module, input_size: int | tuple[int, int] | None) -> DataSpec:

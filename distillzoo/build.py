@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import distillzoo.methods  # noqa: F401 - registers them
-from distillzoo.arguments import check_arguments, check_classes, check_option, check_taps, measured_data, tapped_student
+from distillzoo.arguments import check_arguments, check_classes, check_taps, measured_data, tapped_student
 from distillzoo.composition import Composition, Maker, composed_weights
-from distillzoo.distiller import Distiller, option_defaults
+from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, unknown_name
+from distillzoo.options import check_options, option_defaults
 from distillzoo.registry import DISTILLERS
 from distillzoo.schedules import Weight, describe_weight
 from distillzoo.streams import Stream, draw_seed, forked_generator
@@ -114,11 +115,7 @@ def _split_options(methods: Mapping[str, type[Distiller]], options: Mapping[str,
             raise OptionError(f"{allowed} Options of a composition are given as kd={{'temperature': 2.0}}.")
         given = {member: dict(options.get(member) or {}) for member in methods}
     for member, method in methods.items():
-        allowed_options = option_defaults(method)
-        for name in given[member]:
-            if name not in allowed_options:
-                raise OptionError(unknown_name(f"option of {member}", name, allowed_options, listed="Its options are"))
-            check_option(member, method, name, given[member][name])
+        check_options(member, method, given[member])
     return given
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -23,7 +22,7 @@ from distillzoo.taps.teacher import Loan
 from distillzoo.types import Batch, DataSpec, Loader, ParamGroup, Phase, Progress, Requires, StepOutput, Trace
 from distillzoo.weighting import TermWeights, preset_weights
 
-__all__ = ["Distiller", "option_defaults"]
+__all__ = ["Distiller"]
 
 _FINAL = ("forward", "set_progress", "param_groups", "train")
 _KINDS: tuple[Literal["weight", "norm_bias", "exempt"], ...] = ("weight", "norm_bias", "exempt")
@@ -314,17 +313,3 @@ class Distiller(nn.Module, ABC):
         distillers = [module for module in self.modules() if isinstance(module, Distiller)]
         nets = [net for each in distillers for net in (each.student_net, each.teacher_net) if net is not None]
         return list(dict.fromkeys(net.module for net in nets))
-
-
-def option_defaults(method: type[Distiller]) -> dict[str, Any]:
-    """Return the options of a method with their defaults: what its constructor takes beside what every constructor does.
-
-    Args:
-        method: The class.
-    """
-    base, parameters = inspect.signature(Distiller.__init__).parameters, inspect.signature(method.__init__).parameters
-    return {
-        name: parameter.default
-        for name, parameter in parameters.items()
-        if name not in base and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    }

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from distillzoo import Distiller, build_distiller, list_distillers
 from distillzoo.build import Ensemble, describe_distiller, resolve_distiller
-from distillzoo.distiller import option_defaults
 from distillzoo.errors import DistillZooError, OptionError, ShapeError, TapError, UnknownNameError
+from distillzoo.options import option_defaults
 from distillzoo.registry import DISTILLERS
 from distillzoo.schedules import LinearWarmup
 from distillzoo.taps import Teacher

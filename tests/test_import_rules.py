@@ -15,7 +15,7 @@ FOLDERS = ("distillzoo", "benchmarks", "examples")
 
 FOUNDATION = frozenset({"types", "errors", "streams", "schedules", "registry"})
 NETWORK = frozenset({"dataflow", "stages", "taps"})  # how a network is read: what the design calls taps
-DISTILLER = frozenset({"distiller", "weighting", "casting", "checking"})  # the base class, its sum, floating types, refusals
+DISTILLER = frozenset({"distiller", "weighting", "casting", "checking", "options"})  # the base class and what belongs to it
 ALLOWED: dict[str, frozenset[str]] = {
     **dict.fromkeys(FOUNDATION, frozenset({"types", "errors"})),
     **dict.fromkeys(NETWORK, FOUNDATION | NETWORK),
@@ -24,6 +24,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "adapters": FOUNDATION,
     "weighting": FOUNDATION,
     "casting": FOUNDATION,
+    "options": FOUNDATION | {"distiller"},
     "checking": FOUNDATION | {"taps"},  # of batches and traces
     "export": FOUNDATION,
     "distiller": FOUNDATION | NETWORK | DISTILLER,

@@ -40,6 +40,13 @@ def test_the_same_tap_twice_is_one_and_another_path_is_refused():
         tapped.add_taps({"mine": "groups.0.0"})
 
 
+def test_a_layout_that_there_is_not_is_refused_and_leaves_the_taps_as_they_were():
+    tapped = Tapped(TinyNet(), tiny_data())
+    with pytest.raises(OptionError, match=r"layout of the stage 'stem' must be one of auto, .*got 'NCHW'; write 'nchw'"):
+        tapped.add_taps({"mine": "stem"}, layout="NCHW")
+    assert "mine" not in tapped.shapes
+
+
 def test_a_path_that_is_not_there_or_not_reached_is_refused_and_leaves_the_taps_as_they_were():
     network = TinyNet()
     network.unused = nn.Identity()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distillzoo.engine.config import TrainConfig
+from distillzoo.errors import OptionError
 from distillzoo.types import Batch, Loader
 
 __all__ = ["evaluate", "evaluate_all"]
@@ -39,6 +40,8 @@ def evaluate_all(
         failed: Told the name of a predictor that raised, and what: it is left out, and the others go on. ``None``: it is raised.
     Returns:
         By name: top-1 accuracy in per cent, and mean cross-entropy.
+    Raises:
+        OptionError: If the loader has no images.
     """
     sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in predictors}
     count = 0
@@ -52,6 +55,8 @@ def evaluate_all(
                     raise
                 del sums[name]
                 failed(name, error)
+    if not count:
+        raise OptionError("The evaluation loader is empty: an epoch had no batch.")
     figures = {name: value.tolist() for name, value in sums.items()}
     return {name: (100.0 * correct / count, loss / count) for name, (correct, loss) in figures.items()}
 

@@ -40,7 +40,7 @@ class Trainer:
         device: Where to train; networks are moved there.
         observer: Who watches.
     Raises:
-        OptionError: If there is no member, or a member needs a teacher other than ``teacher``.
+        OptionError: If there is no member, a loader is empty, or a member needs a teacher other than ``teacher``.
     """
 
     def __init__(
@@ -57,6 +57,9 @@ class Trainer:
     ) -> None:
         if not members:
             raise OptionError("A group needs at least one member; got none.")
+        for split, loader in {"training": train, "evaluation": evaluation}.items():
+            if not len(loader):
+                raise OptionError(f"The {split} loader is empty: an epoch has no batch; pass one that has images.")
         for name, distiller in members.items():
             if distiller.requires.teacher and (teacher is None or distiller.teacher_net is not teacher):
                 raise OptionError(

@@ -17,8 +17,9 @@ from distillzoo.adapters.dual_network import duals, perturb, plain_network, repl
 from distillzoo.adapters.expansion import Mode
 from distillzoo.adapters.orepa import BranchStart, check_branch_start, start_for
 from distillzoo.adapters.trials import exact_copies, scrambled
-from distillzoo.distiller import Distiller, option_defaults
-from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError, unknown_name
+from distillzoo.distiller import Distiller
+from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError
+from distillzoo.options import check_options, option_defaults
 from distillzoo.registry import DISTILLERS, register_distiller
 from distillzoo.schedules import Weight
 from distillzoo.stages import Probe
@@ -337,10 +338,7 @@ def _static_method(static: str | None, options: Mapping[str, Any] | None, teache
     ways = [name for name in ("predict", "export_student") if getattr(method, name) is not getattr(Distiller, name)]
     if ways:
         raise UnsupportedPairError(f"static={static!r} has a {' and '.join(ways)} of its own{_INSTEAD}")
-    known = option_defaults(method)
-    for name in options or {}:
-        if name not in known:
-            raise OptionError(unknown_name(f"option of {static}", name, known, listed="Its options are"))
+    check_options(static, method, options or {})
     return None if teacher is None and method.requires.teacher else method
 
 

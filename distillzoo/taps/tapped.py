@@ -162,10 +162,12 @@ class Tapped:
         Returns:
             The names, to request.
         Raises:
-            OptionError: If a name stands for another path.
+            OptionError: If a name stands for another path, or there is no such layout.
             TapError: If there is no such path, or the forward does not reach it.
         """
-        new = {name: (path, layout) for name, path in paths.items() if self._taps.get(name) != (path, layout)}
+        asked = {name: Stage(path, layout=layout) for name, path in paths.items()}
+        new = {name: (stage.path, stage.layout) for name, stage in asked.items()}
+        new = {name: tap for name, tap in new.items() if self._taps.get(name) != tap}
         for name, (path, _) in new.items():
             if name in self._taps:
                 raise OptionError(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from distillzoo.build import resolve_distiller
-from distillzoo.distiller import Distiller, option_defaults
+from distillzoo.distiller import Distiller
 from distillzoo.errors import DistillZooError, UnsupportedPairError
+from distillzoo.options import option_defaults
 from distillzoo.streams import Stream, forked_generator
 from distillzoo.testing.networks import odd_pairs
 from distillzoo.testing.subject import Loop, Subject, hold, point

@@ -16,9 +16,9 @@ import torch
 from sphinx.application import Sphinx
 
 from distillzoo import Distiller, build_distiller, functional
-from distillzoo.distiller import option_defaults
 from distillzoo.errors import UnsupportedPairError
 from distillzoo.models import create_model
+from distillzoo.options import option_defaults
 from distillzoo.registry import DISTILLERS
 from distillzoo.schedules import Weight, describe_weight
 from distillzoo.types import DataSpec

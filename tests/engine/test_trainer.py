@@ -363,6 +363,24 @@ def test_averaged_weights_are_evaluated_and_exported():
     assert evaluate(exported, trainer.evaluation, config, torch.device("cpu"))[0] == result.last_accuracy
 
 
+class Promising(SmallLoader):
+    """Says that it has batches, and has none."""
+
+    def epoch(self, *_, **__):
+        return iter(())
+
+
+@pytest.mark.parametrize("split", ["training", "evaluation"])
+def test_a_loader_without_images_is_refused(split):
+    good = make({"vanilla": ("vanilla", {})})
+    members = {"vanilla": good.members["vanilla"].distiller}
+    full = SmallLoader()
+    for empty, sentence in ((range(0), "an epoch has no batch"), (Promising(), "an epoch had no batch")):
+        loaders = {"training": full, "evaluation": full} | {split: empty}
+        with pytest.raises(OptionError, match=f"The {split} loader is empty: {sentence}"):
+            Trainer(members, good.teacher, loaders["training"], loaders["evaluation"], CONFIG, seed=0).run()
+
+
 def test_wrong_groups_and_states_are_refused():
     with pytest.raises(OptionError, match="at least one member"):
         make({})

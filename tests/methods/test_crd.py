@@ -278,8 +278,8 @@ def test_published_figures():
     weights = {name: weight.final() for name, weight in joined.weights.items()}
     assert weights == {"ce": 1.0, "crd.contrast": 0.8, "kd.kd": 1.0}
     defaults = {"negatives": 16384, "temperature": 0.07, "momentum": 0.5, "dim": 128}
-    from distillzoo.distiller import option_defaults
     from distillzoo.methods.crd import CRD
+    from distillzoo.options import option_defaults
 
     assert defaults.items() <= option_defaults(CRD).items()
 

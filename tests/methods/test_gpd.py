@@ -262,6 +262,7 @@ def test_what_a_static_loss_may_not_do_is_found(registry):
         ({"smoothing": 1.5}, OptionError, "smoothing must be from 0 to 1"),
         ({"static": "revewkd"}, UnknownNameError, "Did you mean 'reviewkd'"),
         ({"static": "kd", "static_options": {"temprature": 2.0}}, OptionError, "Did you mean 'temperature'"),
+        ({"static": "kd", "static_options": {"temperature": "4"}}, OptionError, "temperature of kd must be a number; got '4'"),
         ({"static": None, "static_options": {"temperature": 2.0}}, OptionError, "leave them out"),
         ({"static_weights": "imagnet"}, OptionError, "Did you mean 'imagenet'"),
         ({"static_weights": {"kd": 1.0}}, OptionError, "term of DKD"),
