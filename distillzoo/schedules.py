@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol, runtime_checkable
 
 from distillzoo.errors import OptionError, unknown_name
+from distillzoo.kinds import is_whole
 from distillzoo.types import Progress
 
 __all__ = ["Constant", "Cosine", "LinearWarmup", "Schedule", "Weight", "as_schedule", "describe_weight"]
@@ -39,7 +40,7 @@ def _check(name: str, value: float) -> None:
 
 
 def _check_epochs(value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_whole(value, 1):
         raise OptionError(f"epochs of a schedule must be an integer of at least 1; got {value!r}.")
 
 

@@ -7,16 +7,15 @@ They hold tensors and numbers and do nothing else: a network's stages (:class:`S
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from distillzoo.errors import OptionError
+from distillzoo.kinds import is_number, is_whole
 
 __all__ = [
     "Batch",
@@ -59,10 +58,10 @@ class DataSpec:
     targets: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not _at_least(2, self.num_classes):
+        if not is_whole(self.num_classes, 2):
             raise OptionError(f"num_classes must be at least 2, a whole number; got {self.num_classes!r}.")
         size = self.input_size
-        if not isinstance(size, Sequence) or len(size) != 2 or not all(_at_least(1, pixels) for pixels in size):
+        if not isinstance(size, Sequence) or len(size) != 2 or not all(is_whole(pixels, 1) for pixels in size):
             raise OptionError(f"input_size must be positive pixels (height, width), as (32, 32); got {size!r}.")
         object.__setattr__(self, "input_size", tuple(size))
         if not (_numbers(self.mean) and _numbers(self.std)) or len(self.mean) != len(self.std) or min(self.std) <= 0:
@@ -72,7 +71,7 @@ class DataSpec:
             )
         for name in ("mean", "std"):  # lists, as of YAML, become what compares equal
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.num_samples is not None and not _at_least(1, self.num_samples):
+        if self.num_samples is not None and not is_whole(self.num_samples, 1):
             raise OptionError(f"num_samples must be at least 1 or None, a whole number; got {self.num_samples!r}.")
         if self.targets is not None:
             self._check_targets(self.targets)
@@ -100,15 +99,9 @@ class DataSpec:
         return len(self.mean)
 
 
-def _at_least(least: int, value: Any) -> bool:
-    """Whether a value is a whole number from ``least`` on; a truth value is none."""
-    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
-
-
 def _numbers(values: Any) -> bool:
     """Whether values are finite numbers, at least one."""
-    several = isinstance(values, Sequence) and len(values) > 0
-    return several and all(not isinstance(v, bool) and isinstance(v, Real) and math.isfinite(v) for v in values)
+    return isinstance(values, Sequence) and len(values) > 0 and all(map(is_number, values))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from distillzoo.adapters.connectors import EdgeSafeBatchNorm2d, full_precision
 from distillzoo.errors import OptionError, ShapeError
+from distillzoo.kinds import is_whole
 
 __all__ = [
     "MOST_TIMES",
@@ -67,8 +68,7 @@ def ddim_schedule(denoise_steps: int = 5, train_steps: int = 1000) -> tuple[tupl
         >>> [time for time, _ in ddim_schedule(5, 1000)]
         [400, 300, 200, 100, 0]
     """
-    counts = all(isinstance(number, int) and not isinstance(number, bool) for number in (denoise_steps, train_steps))
-    if not counts or denoise_steps < 1 or not 2 * denoise_steps <= train_steps <= MOST_TIMES:
+    if not (is_whole(denoise_steps, 1) and is_whole(train_steps)) or not 2 * denoise_steps <= train_steps <= MOST_TIMES:
         raise OptionError(
             f"denoise_steps is an integer n of at least 1, train_steps one from 2n to {MOST_TIMES}; "
             f"got {denoise_steps!r} and {train_steps!r}. The authors' are 5 and 1000."

@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 
 from distillzoo.adapters.connectors import unit_rows
 from distillzoo.errors import OptionError
+from distillzoo.kinds import is_whole
 from distillzoo.streams import Stream
 
 __all__ = ["EmbeddingBank", "NegativeSampler", "gather_ranks", "rank_positions"]
@@ -55,7 +56,7 @@ class NegativeSampler(nn.Module):
     def __init__(self, targets: Tensor, *, num_classes: int, count: int) -> None:
         super().__init__()
         targets = targets.detach().to(torch.int64).cpu()
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_whole(count, 1):
             raise OptionError(f"The number of negatives must be an integer of at least 1; got {count!r}; pass one, such as 16384.")
         if not 0 < len(targets) < _MOST_SAMPLES or int(targets.min()) < 0 or int(targets.max()) >= num_classes:
             found = f" from {int(targets.min())} to {int(targets.max())}" if len(targets) else ""

@@ -6,15 +6,16 @@ Hu et al., "Online Convolutional Re-parameterization", CVPR 2022, arXiv 2204.008
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from distillzoo.adapters.expansion import DualLayer, Mode, tile
 from distillzoo.errors import OptionError
+from distillzoo.kinds import check_choice
 
-__all__ = ["BranchStart", "LinearBranches", "check_branch_start", "start_for", "takes_branches"]
+__all__ = ["BranchStart", "LinearBranches", "start_for", "takes_branches"]
 
 BranchStart = Literal["pretrained", "scratch"]
 _SCALES: dict[str, tuple[float, ...]] = {
@@ -22,17 +23,6 @@ _SCALES: dict[str, tuple[float, ...]] = {
     "scratch": (0.25, 0.25, 0.0, 0.5, 0.05, 0.5),  # the authors' values
 }
 _EXPANSION = 8  # of the depth-wise branch, authors' value
-
-
-def check_branch_start(start: BranchStart) -> BranchStart:
-    """Return a name of :data:`BranchStart` if it is one.
-
-    Raises:
-        OptionError: If it is none.
-    """
-    if start not in get_args(BranchStart):
-        raise OptionError(f"branch_start is one of {', '.join(get_args(BranchStart))}; got {start!r}. Choose one of these.")
-    return start
 
 
 def start_for(network: nn.Module) -> BranchStart:
@@ -120,7 +110,7 @@ class LinearBranches(DualLayer):
         self.hold("pointwise", pointwise, (0,) * outputs + (1,) * inputs, divide=outputs, train=train)
         self.hold(
             "scales",
-            op.weight.new_tensor(_SCALES[check_branch_start(start)]).view(6, 1).repeat(1, rows),
+            op.weight.new_tensor(_SCALES[check_choice("branch_start", start, BranchStart)]).view(6, 1).repeat(1, rows),
             (1,) * outputs,
             train=train,
         )

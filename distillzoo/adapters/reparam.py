@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distillzoo.errors import OptionError, UnsupportedPairError
+from distillzoo.kinds import is_whole
 
 __all__ = ["AfterNorm", "Branched", "check_not_tied", "expand", "fold", "fold_network", "is_batch_norm"]
 
@@ -47,7 +48,7 @@ class Branched(nn.Module):
 
     def __init__(self, op: nn.Module, norm: nn.Module | None, branches: int) -> None:
         super().__init__()
-        if isinstance(branches, bool) or not isinstance(branches, int) or branches < 1:
+        if not is_whole(branches, 1):
             raise OptionError(f"branches must be an integer of at least 1; got {branches!r}. Pass 4, or 1 for a single one.")
         if not isinstance(op._parameters.get("weight"), Tensor):
             raise OptionError(f"Branches are made of a convolution or linear layer; got {type(op).__name__}, which has no weight.")

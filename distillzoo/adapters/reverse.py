@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from distillzoo.errors import OptionError
+from distillzoo.kinds import check_choice, is_whole
 from distillzoo.streams import Stream
 
 __all__ = ["AmplitudeSchedule", "Noise", "Start", "diffusion_amplitudes", "draw_noise", "posterior_coefficients", "reverse_chain"]
@@ -34,9 +35,8 @@ def diffusion_amplitudes(schedule: AmplitudeSchedule, steps: int) -> tuple[float
         >>> diffusion_amplitudes("linear_amplitude", 4)
         (0.001, 0.25, 0.5, 0.75, 1.0)
     """
-    if schedule not in get_args(AmplitudeSchedule):
-        raise OptionError(f"schedule is one of {', '.join(get_args(AmplitudeSchedule))}; got {schedule!r}. Choose one of these.")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    check_choice("schedule", schedule, AmplitudeSchedule)
+    if not is_whole(steps, 1):
         raise OptionError(f"The number of branches (steps) is an integer of at least 1; got {steps!r}. Pass 4.")
     parts = [k / steps for k in range(steps)]
     if schedule == "ddpm":

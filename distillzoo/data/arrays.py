@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distillzoo.errors import DataError, OptionError
+from distillzoo.kinds import is_whole
 
 __all__ = ["Augment", "Split", "crop_flip", "normalise"]
 
@@ -27,7 +28,7 @@ class Augment:
     flip: bool
 
     def __post_init__(self) -> None:
-        if isinstance(self.pad, bool) or not isinstance(self.pad, int) or self.pad < 0:
+        if not is_whole(self.pad, 0):
             raise OptionError(f"Augment.pad must be a whole number of pixels, at least 0; got {self.pad!r}; use 0 for no crop.")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distillzoo.errors import OptionError
+from distillzoo.kinds import is_whole
 from distillzoo.streams import Stream
 
 __all__ = ["CropViews", "centre_box", "make_views", "resize_each", "resize_windows"]
@@ -56,7 +57,7 @@ class CropViews:
     def __post_init__(self) -> None:
         for name in ("crop", "resize"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value, 1):
                 raise OptionError(f"{name} must be a whole number of pixels, at least 1; got {value!r}; choose one, such as 224.")
         if self.resize < self.crop:
             raise OptionError(

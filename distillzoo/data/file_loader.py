@@ -16,6 +16,7 @@ from distillzoo.data.images import read_image
 from distillzoo.data.tree import Listing, available_cpus
 from distillzoo.data.view_loader import Plan, ViewLoader
 from distillzoo.errors import DataError, OptionError
+from distillzoo.kinds import is_whole
 from distillzoo.types import DataSpec
 
 __all__ = ["FileLoader", "check_workers", "resize_short_side"]
@@ -148,7 +149,7 @@ def check_workers(workers: int | None) -> int:
     """
     if workers is None:
         return min(available_cpus(), _MOST_WORKERS)
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+    if not is_whole(workers, 0):
         raise OptionError(f"workers must be a whole number of processes, at least 0, or None; got {workers!r}; 0 starts none.")
     return workers
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distillzoo.data.arrays import Augment, Split, crop_flip, normalise
 from distillzoo.errors import OptionError, ShapeError
+from distillzoo.kinds import is_whole
 from distillzoo.streams import Stream, draw_seed
 from distillzoo.types import Batch, DataSpec
 
@@ -56,7 +57,7 @@ class ResidentLoader:
         shuffle: bool = True,
         channels_last: bool = False,
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if not is_whole(batch_size, 1):
             raise OptionError(
                 f"batch_size must be a whole number of images, at least 1; got {batch_size!r}; choose one, such as 64."
             )
@@ -97,7 +98,7 @@ class ResidentLoader:
         Raises:
             OptionError: If ``epoch`` is negative, or a second view is asked for and nothing varies the images.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+        if not is_whole(epoch, 0):
             raise OptionError(f"epoch must be a whole number, at least 0; got {epoch!r}; the first epoch is 0.")
         if second_view and self._augment is None:
             raise OptionError(

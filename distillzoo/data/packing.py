@@ -22,6 +22,7 @@ from distillzoo.data.file_loader import resize_short_side
 from distillzoo.data.images import read_image
 from distillzoo.data.tree import Listing, Tree, available_cpus, read_tree
 from distillzoo.errors import DataError, OptionError
+from distillzoo.kinds import is_whole
 
 __all__ = ["INDEX", "Packed", "PackedPart", "file_sha256", "pack_folder", "read_index"]
 
@@ -113,7 +114,7 @@ def pack_folder(
         OptionError: If the short side is out of range.
         DataError: If the source is not as it should be, or the target exists or cannot be written.
     """
-    if isinstance(short_side, bool) or not isinstance(short_side, int) or short_side < 8:
+    if not is_whole(short_side, 8):
         raise OptionError(f"short_side must be a whole number of pixels, at least 8; got {short_side!r}; choose one, such as 256.")
     place = Path(target).expanduser()
     partial = place.with_name(place.name + ".partial")

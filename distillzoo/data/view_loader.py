@@ -16,6 +16,7 @@ from torch import Tensor
 from distillzoo.data.arrays import normalise
 from distillzoo.data.crops import CropViews
 from distillzoo.errors import OptionError
+from distillzoo.kinds import is_whole
 from distillzoo.streams import Stream, draw_seed
 from distillzoo.types import Batch, DataSpec
 
@@ -72,7 +73,7 @@ class ViewLoader(ABC):
         device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if not is_whole(batch_size, 1):
             raise OptionError(
                 f"batch_size must be a whole number of images, at least 1; got {batch_size!r}; choose one, such as 64."
             )
@@ -106,7 +107,7 @@ class ViewLoader(ABC):
             OptionError: If ``epoch`` is negative, or a second view is asked of evaluation images.
             DataError: If a file cannot be used, as its turn comes.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+        if not is_whole(epoch, 0):
             raise OptionError(f"epoch must be a whole number, at least 0; got {epoch!r}; the first epoch is 0.")
         if second_view and self._seed is None:
             raise OptionError(

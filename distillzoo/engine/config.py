@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Literal
 
 from distillzoo.errors import OptionError
+from distillzoo.kinds import is_number, is_whole
 
 __all__ = ["TrainConfig"]
 
@@ -64,11 +64,11 @@ class TrainConfig:
             if kind == "bool":
                 self._check(item.name, isinstance(value, bool), "true or false")
             elif kind.startswith("int"):
-                self._check(item.name, _is(Integral, value), "a whole number")
+                self._check(item.name, is_whole(value), "a whole number")
             elif kind.startswith("float"):
-                self._check(item.name, _is(Real, value) or (value is None and "None" in kind), "a finite number")
+                self._check(item.name, is_number(value) or (value is None and "None" in kind), "a finite number")
         given = self.milestones
-        whole = isinstance(given, Sequence) and all(_is(Integral, milestone) for milestone in given)
+        whole = isinstance(given, Sequence) and all(map(is_whole, given))
         self._check("milestones", whole, "whole numbers, as (150, 180, 210)")
         for name in ("epochs", "batch_size", "eval_batch_size"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
@@ -91,8 +91,3 @@ class TrainConfig:
         value = getattr(self, name)
         if not good or (isinstance(value, float) and not math.isfinite(value)):
             raise OptionError(f"{name} of the training configuration must be {allowed}; got {value!r}.")
-
-
-def _is(kind: type, value: Any) -> bool:
-    """Whether a value is such a number; a truth value is none."""
-    return isinstance(value, kind) and not isinstance(value, bool)

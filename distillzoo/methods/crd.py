@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from distillzoo.adapters.embeddings import UnitEmbedding
 from distillzoo.adapters.memory import EmbeddingBank, NegativeSampler, gather_ranks
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError
+from distillzoo.kinds import check_choice, is_whole
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import Weight
 from distillzoo.taps import Tapped, Teacher
@@ -241,8 +242,7 @@ def _check_options(temperature: float, momentum: float, dim: int, mode: str, nor
         raise OptionError(f"temperature must be a finite number above 0; got {temperature}; the paper's is 0.07.")
     if not 0.0 <= momentum <= 1.0:
         raise OptionError(f"momentum must be from 0 to 1; got {momentum}; the paper's is 0.5.")
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+    if not is_whole(dim, 1):
         raise OptionError(f"dim must be an integer of at least 1; got {dim!r}; the paper's is 128.")
-    for name, value, allowed in (("mode", mode, get_args(Mode)), ("normalizer", normalizer, get_args(Normalizer))):
-        if value not in allowed:
-            raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}; choose one of them.")
+    check_choice("mode", mode, Mode)
+    check_choice("normalizer", normalizer, Normalizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from distillzoo.adapters.connectors import full_precision, pool_larger
 from distillzoo.adapters.memory import rank_positions
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError
+from distillzoo.kinds import check_choice, is_whole
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import LinearWarmup, Weight
 from distillzoo.streams import Stream
@@ -169,9 +170,8 @@ class DiffKD(Distiller):
     ) -> None:
         super().__init__(student, teacher, data, seed=seed)
         _check_temperature(temperature)
-        for name, value, allowed in (("target", target, Target), ("places", places, Places)):
-            if value not in get_args(allowed):
-                raise OptionError(f"{name} is one of {', '.join(get_args(allowed))}; got {value!r}. Choose one of these.")
+        check_choice("target", target, Target)
+        check_choice("places", places, Places)
         if latent_channels is not None and (places == "logits" or target != "autoencoder"):
             raise OptionError(
                 f"latent_channels is the width of the map's autoencoder; got {latent_channels!r} with places={places!r} and "
@@ -205,7 +205,7 @@ class DiffKD(Distiller):
             return channels
         most = _MOST_CHANNELS_SMALL if max(self.data.input_size) <= _SMALL_IMAGE else _MOST_CHANNELS
         width = min(channels, most) if latent_channels is None else latent_channels
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        if not is_whole(width, 1):
             raise OptionError(f"latent_channels is an integer of at least 1 or None; got {width!r}. The authors' is 1024.")
         self.target = denoiser.LinearAutoencoder(channels, width)
         return width

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from distillzoo import dataflow
 from distillzoo.adapters.connectors import full_precision
 from distillzoo.adapters.dual_network import duals, perturb, plain_network, replaced
 from distillzoo.adapters.expansion import Mode
-from distillzoo.adapters.orepa import BranchStart, check_branch_start, start_for
+from distillzoo.adapters.orepa import BranchStart, start_for
 from distillzoo.adapters.trials import exact_copies, scrambled
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError
+from distillzoo.kinds import check_choice, is_number, is_whole
 from distillzoo.options import check_options, option_defaults
 from distillzoo.registry import DISTILLERS, register_distiller
 from distillzoo.schedules import Weight
@@ -143,18 +144,17 @@ class GPD(Distiller):
         seed: int | None = None,
     ) -> None:
         super().__init__(student, teacher, data, seed=seed)
-        if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 2:
+        if not is_whole(ratio, 2):
             raise OptionError(f"ratio must be an integer of at least 2; got {ratio!r}. The authors' is 2.")
-        if strategy not in get_args(Strategy):
-            raise OptionError(f"strategy is one of {', '.join(get_args(Strategy))}; got {strategy!r}. Choose one of these.")
-        if isinstance(noise, bool) or not 0.0 <= noise < math.inf:
+        check_choice("strategy", strategy, Strategy)
+        if not is_number(noise) or noise < 0.0:
             raise OptionError(f"noise must be a finite deviation of at least 0; got {noise!r}. The authors' is 1e-6, 0 is none.")
         _check_smoothing(smoothing)
-        start = check_branch_start(start_for(student.module) if branch_start is None else branch_start) if self.branched else None
+        start = start_for(student.module) if branch_start is None else check_choice("branch_start", branch_start, BranchStart)
         self.smoothing, self.distils = smoothing, strategy != "hard"
         method = _static_method(static, static_options, teacher)
         mode = Mode()
-        self._widen(mode, ratio, start, noise, shared=strategy != "soft")
+        self._widen(mode, ratio, start if self.branched else None, noise, shared=strategy != "soft")
         self.dynamic_net = TappedWithin(student, mode)
         for name, net in {"static": student, "static_dynamic": self.dynamic_net}.items():
             if method is not None and (teach_dynamic or name == "static"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from distillzoo.adapters.reverse import AmplitudeSchedule, Noise, Start, diffusi
 from distillzoo.adapters.trials import exact_copies, scrambled
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError
+from distillzoo.kinds import check_choice
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import Weight
 from distillzoo.taps import Tapped, Teacher
@@ -151,13 +152,13 @@ class KDiffusion(Distiller):
         seed: int | None = None,
     ) -> None:
         super().__init__(student, teacher, data, seed=seed)
-        self.noise, self.objective = _chosen("noise", noise, Noise), _chosen("objective", objective, Objective)
-        self.guide_on = _chosen("guide_on", guide_on, GuideOn)
-        count = branches if _chosen("bridge", bridge, BridgeKind) == "per_branch" else 1
+        self.noise, self.objective = check_choice("noise", noise, Noise), check_choice("objective", objective, Objective)
+        self.guide_on = check_choice("guide_on", guide_on, GuideOn)
+        count = branches if check_choice("bridge", bridge, BridgeKind) == "per_branch" else 1
         if guide and (objective, guide_on) == ("average", "final"):
             raise OptionError("guide_on='final' needs a chain, and objective='average' has none; use guide_on='mean'.")
         self.branches, self.shuffle, amplitudes = branches, shuffle, diffusion_amplitudes(schedule, branches)
-        chain = reverse_chain(amplitudes, start=_chosen("start", start, Start), teacher_forced=objective == "teacher_forced")
+        chain = reverse_chain(amplitudes, start=check_choice("start", start, Start), teacher_forced=objective == "teacher_forced")
         self.register_buffer("chain", chain.float(), persistent=False)
         chosen = preset_weights(self.weight_presets, weights if isinstance(weights, str) else None, type(self).__name__)
         self.set_weights({name: weight for name, weight in chosen.items() if guide or name != "guide"})
@@ -270,9 +271,3 @@ def _folds_back(network: nn.Module, sites: Mapping[str, str | None], data: DataS
             problem = error
     assert problem is not None
     raise problem
-
-
-def _chosen(name: str, value: Any, allowed: Any) -> Any:
-    if value not in get_args(allowed):
-        raise OptionError(f"{name} is one of {', '.join(get_args(allowed))}; got {value!r}. Choose one of these.")
-    return value

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from distillzoo.adapters.connectors import full_precision, pool_larger
 from distillzoo.adapters.projections import NormedProjection
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError
+from distillzoo.kinds import check_choice
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import Weight
 from distillzoo.taps import Tapped, Teacher
@@ -148,8 +149,7 @@ class OFD(Distiller):
     ) -> None:
         super().__init__(student, teacher, data, weights=weights, seed=seed)
         net = self._teacher()
-        if teacher_bn not in get_args(TeacherBN):
-            raise OptionError(f"teacher_bn must be 'running' or 'batch'; got {teacher_bn!r}; choose one of them.")
+        check_choice("teacher_bn", teacher_bn, TeacherBN)
         if teacher_bn == "batch" and not any(isinstance(module, _BatchNorm) for module in net.module.modules()):
             raise OptionError(
                 f"teacher_bn='batch' needs a teacher with batch norms; {type(net.module).__name__} has none (or they were folded "

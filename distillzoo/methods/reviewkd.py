@@ -13,6 +13,7 @@ from distillzoo.adapters.connectors import full_precision
 from distillzoo.adapters.fusion import AttentionFusion
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError
+from distillzoo.kinds import is_whole
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import LinearWarmup, Weight
 from distillzoo.taps import Tapped, Teacher
@@ -124,7 +125,7 @@ class ReviewKD(Distiller):
         self.requires = Requires(tuple(own for own, _ in self.levels), tuple(other for _, other in self.levels))
         if mid_channels is None:
             mid_channels = min(_MOST_MID_CHANNELS, student.shapes[pooled[0]][0])
-        if isinstance(mid_channels, bool) or not isinstance(mid_channels, int) or mid_channels < 1:
+        if not is_whole(mid_channels, 1):
             raise OptionError(f"mid_channels must be an integer of at least 1 or None; got {mid_channels!r}; the authors' is 512.")
         self.mid_channels = mid_channels
         self.fusions = nn.ModuleList(

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from distillzoo.errors import OptionError
+from distillzoo.kinds import is_whole
 from distillzoo.registry import Registry
 from distillzoo.types import Stage
 
@@ -38,7 +39,7 @@ def check_count(name: str, value: object, least: int) -> None:
     Raises:
         OptionError: If ``value`` is something else; ``name`` is the argument that the message speaks of.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_whole(value, least):
         raise OptionError(f"{name} must be an integer of at least {least}; got {value!r}. Pass {name}={least} or more.")
 
 

@@ -306,8 +306,8 @@ def test_small_batches_zero_features_and_equal_embeddings_are_finite(size):
         ({"temperature": math.nan}, "temperature .* got nan"),
         ({"momentum": 1.5}, "momentum .* got 1.5"),
         ({"dim": 0}, "dim .* got 0"),
-        ({"mode": "loose"}, "mode must be one of 'exact', 'relax'; got 'loose'"),
-        ({"normalizer": "last"}, "normalizer must be one of 'first_batch', 'none'; got 'last'"),
+        ({"mode": "loose"}, "mode is one of exact, relax; got 'loose'"),
+        ({"normalizer": "last"}, "normalizer is one of first_batch, none; got 'last'"),
         ({"weights": {"crd": 1.0}}, "crd"),
     ],
 )

@@ -323,7 +323,7 @@ def test_published_weights_and_sizes():
 
 
 def test_bad_options_are_refused():
-    with pytest.raises(OptionError, match="teacher_bn must be 'running' or 'batch'; got 'train'"):
+    with pytest.raises(OptionError, match="teacher_bn is one of running, batch; got 'train'"):
         tiny_pair("ofd", teacher_bn="train")
     bare = TinyNet(8)
     for block in bare.blocks:
