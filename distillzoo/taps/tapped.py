@@ -165,9 +165,8 @@ class Tapped:
             OptionError: If a name stands for another path, or there is no such layout.
             TapError: If there is no such path, or the forward does not reach it.
         """
-        asked = {name: Stage(path, layout=layout) for name, path in paths.items()}
-        new = {name: (stage.path, stage.layout) for name, stage in asked.items()}
-        new = {name: tap for name, tap in new.items() if self._taps.get(name) != tap}
+        asked = {name: (path, Stage(path, layout=layout).layout) for name, path in paths.items()}  # a stage checks its layout
+        new = {name: tap for name, tap in asked.items() if self._taps.get(name) != tap}
         for name, (path, _) in new.items():
             if name in self._taps:
                 raise OptionError(
