@@ -34,6 +34,7 @@ from distillzoo.data import DataSet, load_dataset
 from distillzoo.engine import EpochReport, Observer, StepReport, TrainConfig, Trainer, evaluate_all
 from distillzoo.errors import DataError, MissingDependencyError, OptionError, ShapeError
 from distillzoo.export import StudentInfo, export_onnx, export_program, save_student, write_model_card
+from distillzoo.models import timm_config
 from distillzoo.streams import Stream, forked_generator
 from distillzoo.taps import OwnView
 from distillzoo.types import Stage
@@ -118,22 +119,35 @@ def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
     return found
 
 
+def saved_config(file: Path) -> dict[str, Any]:
+    """Return mean, deviation and size of the ``pretrained_cfg`` in a network's configuration, as far as there are such."""
+    if not file.is_file():
+        return {}
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{str(file)!r}, which says what images its network wants, cannot be read ({error}); mend or remove it."
+        ) from error
+    said = whole.get("pretrained_cfg") if isinstance(whole, dict) else None
+    found = {key: said[key] for key in ("mean", "std", "input_size") if said.get(key)} if isinstance(said, dict) else {}
+    for key, value in found.items():
+        if not (isinstance(value, list) and all(isinstance(each, int | float) for each in value)):
+            raise DataError(f"pretrained_cfg.{key} in {str(file)!r} must be a list of numbers; got {value!r}; mend or remove it.")
+    return found
+
+
 def declared(name: str, checkpoint: Path | None = None) -> dict[str, tuple[Any, ...]]:
     """Return what images a network wants, as far as it says: mean, deviation, and size if it takes no other.
 
-    A config.json beside its checkpoint says so, else timm.
+    A config.json beside its checkpoint says so; of what that does not say, timm.
     """
-    found: dict[str, Any] = {}
-    beside = None if checkpoint is None else checkpoint.with_name("config.json")
-    if beside is not None and beside.is_file():
-        found = json.loads(beside.read_text(encoding="utf-8")).get("pretrained_cfg", {})
-    elif name.startswith("timm/"):
-        import timm
-
-        config = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
-        found = asdict(config) if config is not None and len(config.mean) == 3 else {}
-        if not found.get("fixed_input_size"):  # it runs at others, the student's among them
-            found.pop("input_size", None)
+    config = timm_config(name)
+    found: dict[str, Any] = asdict(config) if config is not None and len(config.mean) == 3 else {}
+    if not found.get("fixed_input_size"):  # it runs at others, the student's among them
+        found.pop("input_size", None)
+    if checkpoint is not None:
+        found |= saved_config(checkpoint.with_name("config.json"))
     wanted: dict[str, tuple[Any, ...]] = {key: tuple(found[key]) for key in ("mean", "std", "input_size") if found.get(key)}
     if "input_size" in wanted:
         wanted["input_size"] = wanted["input_size"][-2:]

@@ -15,7 +15,7 @@ from torch import nn
 
 from distillzoo import create_model, export
 from distillzoo.data.packing import pack_folder
-from distillzoo.errors import DistillZooError, MissingDependencyError, OptionError, RecordError
+from distillzoo.errors import DataError, DistillZooError, MissingDependencyError, OptionError, RecordError
 from distillzoo.export import StudentInfo, export_onnx, export_program, forward_flops, save_student, write_model_card
 from tests.data.pictures import make_tree
 
@@ -143,6 +143,8 @@ def test_packed_images_are_taken_as_such(photos, teacher_file, tmp_path, capsys)
         (("--option", "temperature"), "NAME=VALUE"),
         (("--option", "temprature=2"), "temprature"),
         (("--student", "timm/resnet8"), "timm/resnet8"),
+        (("--student", "timm/resnet18.a1_in"), "Did you mean 'a1_in1k'"),
+        (("--teacher", "timm/resnet18.a1_in"), "Did you mean 'a1_in1k'"),
         (("--teacher", "tinycnn_8"), "does not fit"),
         (("--data-root", "nowhere"), "does not exist"),
         (("--crop", "0"), "crop must be"),
@@ -211,6 +213,32 @@ def test_a_teacher_sees_what_its_own_configuration_says(tmp_path):
     found = example.declared("timm/test_resnet", file)
     assert found == {"mean": (0.1, 0.2, 0.3), "std": (1, 1, 1), "input_size": (40, 40)}
     assert example.declared("tinycnn_8") == {}
+
+
+@pytest.mark.parametrize(
+    "written", ["{}", "[1]", "7", '{"pretrained_cfg": null}', '{"pretrained_cfg": []}', '{"pretrained_cfg": {}}']
+)
+def test_what_a_configuration_does_not_say_of_a_teacher_timm_says(tmp_path, written):
+    """As the config.json of another package's model, which lies beside its weights too."""
+    (tmp_path / "config.json").write_text(written)
+    file = tmp_path / "model.safetensors"
+    assert example.declared("timm/resnet18", file) == {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    assert example.declared("timm/vit_tiny_patch16_224", file)["input_size"] == (224, 224)
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        (b'{"pretrained_cfg": ', "cannot be read"),
+        (b"\xff", "cannot be read"),
+        (b'{"pretrained_cfg": {"mean": 0.5}}', r"pretrained_cfg\.mean .* must be a list of numbers; got 0\.5"),
+        (b'{"pretrained_cfg": {"std": ["a", "b", "c"]}}', r"pretrained_cfg\.std .* must be a list of numbers"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_a_sentence(tmp_path, written, words):
+    (tmp_path / "config.json").write_bytes(written)
+    with pytest.raises(DataError, match=words):
+        example.declared("timm/resnet18", tmp_path / "model.safetensors")
 
 
 def test_a_teacher_of_another_size_is_trained_on_what_it_will_see(photos, tmp_path, capsys, monkeypatch):

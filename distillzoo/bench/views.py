@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distillzoo.errors import OptionError, unknown_name
-from distillzoo.models import create_model
+from distillzoo.models import create_model, timm_config
 from distillzoo.taps import OwnView
 from distillzoo.types import DataSpec
 
@@ -48,15 +48,15 @@ def describe_view(name: str, given: Mapping[str, Any]) -> dict[str, list[float]]
     Args:
         name: Name of the network; another project's than timm declares nothing.
         given: The recipe's ``teacher_data``.
+    Raises:
+        UnknownNameError: If timm does not have the network with the tag of this name.
     Example:
         >>> describe_view("resnet8", {"mean": "declared", "input_size": [64, 64]})
         {'input_size': [64, 64]}
     """
     declared: dict[str, Any] = {}
     if name.startswith(_TIMM) and "declared" in given.values():
-        import timm  # takes seconds
-
-        config = timm.get_pretrained_cfg(name.removeprefix(_TIMM), allow_unregistered=True)
+        config = timm_config(name)
         if config is not None and len(config.mean) == 3:
             declared = {"mean": config.mean, "std": config.std, "input_size": config.input_size[1:]}
     values = {key: declared.get(key) if value == "declared" else value for key, value in given.items()}
@@ -98,9 +98,7 @@ def published_weights(name: str) -> str:
         OptionError: If there are none, or they are of other classes.
     """
     if name.startswith(_TIMM):
-        import timm
-
-        config = timm.get_pretrained_cfg(name.removeprefix(_TIMM), allow_unregistered=True)
+        config = timm_config(name)
         source = None if config is None else config.hf_hub_id or config.url
         if config is not None and source and config.num_classes == _IMAGENET_CLASSES:
             return str(source)

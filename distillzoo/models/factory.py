@@ -12,6 +12,7 @@ from torch import nn
 
 from distillzoo.errors import OptionError, UnknownNameError, near_matches, unknown_name
 from distillzoo.models.base import MODELS, check_count
+from distillzoo.models.declared import timm_config
 from distillzoo.models.weights import check_file, load_weights
 
 __all__ = ["create_model", "list_models"]
@@ -116,6 +117,7 @@ def _from_timm(name: str, num_classes: int, pretrained: bool, checkpoint_path: _
 
     if not name.startswith(_TIMM_HUBS) and not timm.is_model(name):
         raise UnknownNameError(_unknown_foreign(_TIMM, name, _timm_names()))
+    timm_config(_TIMM + name)  # refuses a tag that the network does not have
     path = "" if checkpoint_path is None else os.fspath(checkpoint_path)
 
     def build() -> nn.Module:

@@ -204,6 +204,12 @@ def test_published_weights_are_named_without_fetching_them() -> None:
         published_weights("torchvision/nothing")
 
 
+def test_a_tag_that_timm_does_not_have_is_refused() -> None:
+    for ask in (published_weights, lambda name: describe_view(name, {"mean": "declared"})):
+        with pytest.raises(UnknownNameError, match=r"Unknown tag of 'timm/resnet18' 'a1_in'\. Did you mean 'a1_in1k'"):
+            ask("timm/resnet18.a1_in")
+
+
 def test_the_recipe_that_is_shipped_builds_a_plan_of_any_folder(places: Path) -> None:
     recipe = load_recipe(Path(__file__).parents[2] / "distillzoo" / "bench" / "recipes" / "folder.yaml")
     images = load_dataset("folder", root=places / "photos", workers=0)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from distillzoo.errors import DistillZooError, OptionError, UnknownNameError
-from distillzoo.models import MODELS, create_model, list_models, register_model
+from distillzoo.models import MODELS, create_model, list_models, register_model, timm_config
 
 
 def test_ours_by_bare_name():
@@ -41,6 +41,16 @@ def test_unknown_names_list_near_matches(name, parts):
     for part in [*parts, name]:
         assert part in str(error.value)
     assert len(str(error.value)) < 1200
+
+
+def test_a_tag_that_a_network_of_timm_does_not_have_is_answered_with_its_tags():
+    for ask in (timm_config, lambda name: create_model(name, num_classes=10)):
+        with pytest.raises(
+            UnknownNameError, match=r"Did you mean 'a1_in1k'.*Its tags are: .*fb_ssl_yfcc100m_ft_in1k.*Without a tag"
+        ):
+            ask("timm/resnet18.a1_in")
+    assert timm_config("timm/resnet18").input_size == (3, 224, 224)
+    assert timm_config("timm/nothing.a1_in1k") is timm_config("resnet8.a1_in1k") is None
 
 
 @pytest.mark.parametrize("num_classes", [0, 1, -3, 2.0, True, "10", None])
