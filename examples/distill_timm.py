@@ -273,7 +273,8 @@ def check_output(args: argparse.Namespace, data: DataSet, config: TrainConfig) -
     """Refuse an output folder that belongs to another run: a resumed one must be the same. Returns the settings of this one."""
     free = ("data_root", "output", "workers", "device", "license", "export", "onnx")  # what does not change the student
     settings: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in free}
-    settings |= {"data": data.digest, "views": repr(data.augment), "training": asdict(config)}
+    training = {name: value for name, value in asdict(config).items() if name != "channels_last"}  # which follows the device
+    settings |= {"data": data.digest, "views": repr(data.augment), "training": training}
     settings = json.loads(json.dumps(settings))
     file = args.output / "settings.json"
     with output_errors(args.output):

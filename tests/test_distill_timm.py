@@ -196,6 +196,22 @@ def test_an_output_folder_of_another_run_is_refused(photos, teacher_file, tmp_pa
     assert "cannot be used" in capsys.readouterr().err
 
 
+def test_a_run_may_go_on_on_another_device(photos, teacher_file, tmp_path, monkeypatch):
+    """A GPU that is there makes the same command, without --device, one for it, and with it the layout of the images."""
+    configs, claim = [], example.check_output
+
+    def check(args, data, config):
+        configs.append((args.device, config.channels_last))
+        example.claim_output(args, claim(args, data, config))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, "check_output", check)
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert example.main([*tiny(photos, tmp_path / "out", teacher_file), "--device", "auto"]) == 130
+    assert configs == [("cpu", False), ("cuda", True)]
+
+
 def test_an_output_folder_of_another_run_is_refused_before_networks_are_made(photos, teacher_file, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "settings.json").write_text(json.dumps({"method": "at"}))

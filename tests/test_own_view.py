@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -132,8 +134,16 @@ def test_where_there_is_no_view_to_choose_it_is_refused():
         build_distiller("vanilla", TinyNet(), data=STUDENTS, teacher_data=OWN)
     with pytest.raises(OptionError, match="where its Teacher is made"):
         build_distiller("kd", TinyNet(), Teacher(TinyTeacher(), STUDENTS), data=STUDENTS, teacher_data=OWN)
-    with pytest.raises(OptionError, match="'declared' or None; got 'teacher'"):
-        build_distiller("kd", TinyNet(), TinyTeacher(), data=STUDENTS, teacher_data="teacher")
+
+
+@pytest.mark.parametrize("wanted", ["teacher", {"mean": OWN.mean, "std": OWN.std}, [OWN], 24])
+def test_what_says_nothing_of_a_teachers_images_is_refused(wanted):
+    said = re.escape(f"got {wanted!r}; make one by DataSpec(num_classes, (height, width), mean=..., std=...).")
+    for teacher in (TinyTeacher(), [TinyTeacher(), TinyTeacher()]):
+        with pytest.raises(OptionError, match=rf"^teacher_data is a DataSpec, 'declared' or None; {said}$"):
+            build_distiller("kd", TinyNet(), teacher, data=STUDENTS, teacher_data=wanted)
+    with pytest.raises(OptionError, match=rf"^own_data is a DataSpec or None; {said}$"):
+        Teacher(TinyTeacher(), STUDENTS, own_data=wanted)
 
 
 @pytest.mark.parametrize("wanted", [OWN, "declared"])

@@ -232,6 +232,11 @@ def load_dataset(
     takes = set(inspect.signature(load).parameters)
     for option, asked in (("root", root is not None), ("download", bool(download))):
         if asked and option not in takes:
+            if "root" in takes:
+                raise OptionError(
+                    f"The data set {name!r} cannot be downloaded here, but download was given; name a folder that holds it "
+                    "(--data-root DIR) without --download."
+                )
             given = f"root {str(root)!r}" if option == "root" else "download"
             raise OptionError(
                 f"The data set {name!r} reads no files, but {given} was given; leave it out, or name another data set."

@@ -27,7 +27,7 @@ class Teacher(Tapped):
             (antialiased) where the sizes differ. ``None``: it sees them as they are.
 
     Raises:
-        OptionError: If ``own_data`` has other channels.
+        OptionError: If ``own_data`` is no :class:`DataSpec` or has other channels.
         TapError: As for :class:`Tapped`.
         ShapeError: As for :class:`Tapped`.
     """
@@ -40,6 +40,7 @@ class Teacher(Tapped):
         stages: Sequence[Stage | str] | Mapping[str, Stage | str] | None = None,
         own_data: DataSpec | None = None,
     ) -> None:
+        _check_own("own_data", "a DataSpec or None", own_data)
         self._view = None if own_data is None else OwnView(data, own_data)
         module.requires_grad_(False)
         module.eval()
@@ -177,6 +178,14 @@ class OwnView:
         return images * scale + shift
 
 
+def _check_own(name: str, allowed: str, given: Any) -> None:
+    """Refuse what does not say what a teacher wants to see."""
+    if not (given is None or isinstance(given, DataSpec)):
+        raise OptionError(
+            f"{name} is {allowed}; got {given!r}; make one by DataSpec(num_classes, (height, width), mean=..., std=...)."
+        )
+
+
 def declared_data(module: nn.Module, data: DataSpec) -> DataSpec:
     """Return the normalisation and size that a network declares as timm's do (``pretrained_cfg``, else ``default_cfg``).
 
@@ -215,11 +224,11 @@ def as_teacher(
         stages: As for :class:`Teacher`.
         own_data: What the teacher wants; ``"declared"``: what it declares, of several each its own.
     Raises:
-        OptionError: If ``own_data`` is given for what takes none.
+        OptionError: If ``own_data`` is given for what takes none, or is none of the three.
         ShapeError: If the network does not run.
     """
-    if isinstance(own_data, str) and own_data != "declared":
-        raise OptionError(f"teacher_data is a DataSpec, 'declared' or None; got {own_data!r}.")
+    if not (isinstance(own_data, str) and own_data == "declared"):
+        _check_own("teacher_data", "a DataSpec, 'declared' or None", own_data)
     if teacher is None or isinstance(teacher, Teacher):
         if own_data is not None:
             wrong = "there is no teacher" if teacher is None else "the teacher's view is chosen where its Teacher is made"

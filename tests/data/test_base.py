@@ -95,6 +95,9 @@ def test_a_root_or_download_that_would_be_ignored_is_refused():
         load_dataset("digits", root="here")
     with pytest.raises(OptionError, match="'synthetic' reads no files, but download was given"):
         load_dataset("synthetic", download=True)
+    for name in ("folder", "packed", "imagenet100"):
+        with pytest.raises(OptionError, match=f"'{name}' cannot be downloaded here.*name a folder that holds it"):
+            load_dataset(name, root="here", download=True)
 
 
 def test_root_and_download_reach_a_data_set_that_takes_them(monkeypatch):
