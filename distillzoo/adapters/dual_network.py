@@ -36,7 +36,7 @@ def duals(
         widths: By path of the modules that make up the network: shape of the input, and whether inputs and outputs are expanded.
         ratio: Width of the wide network, as a multiple.
         mode: What says which of the two it is now.
-        branch_start: Start of the six branches that 3x3 convolutions become; ``None`` leaves them single.
+        branch_start: Start of the six branches that 3x3 convolutions become; ``None`` leaves them single, as those that are frozen.
         shared: Whether the narrow network is a slice of the wide one.
     Raises:
         UnsupportedPairError: If a layer has no rule, nothing can be expanded, or parameters are shared between layers.
@@ -54,7 +54,9 @@ def duals(
                 made[path] = wrapped
             continue
         kernel = None
-        if branch_start is not None and takes_branches(layer):
+        weight = layer._parameters.get("weight")
+        trains = weight is not None and weight.requires_grad  # branches that do not would stay as they were drawn
+        if branch_start is not None and trains and takes_branches(layer):
             kernel = LinearBranches(layer, ratio, mode, inputs=inputs, outputs=outputs, start=branch_start, shared=shared)
         dual = dual_layer(layer, ratio, mode, inputs=inputs, outputs=outputs, kernel=kernel, shared=shared)
         if dual is None and inputs and outputs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distillzoo.errors import OptionError, UnsupportedPairError
 from distillzoo.kinds import is_whole
 
-__all__ = ["AfterNorm", "Branched", "check_not_tied", "expand", "fold", "fold_network", "is_batch_norm"]
+__all__ = ["AfterNorm", "Branched", "check_not_frozen", "check_not_tied", "expand", "fold", "fold_network", "is_batch_norm"]
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -31,8 +31,9 @@ class Branched(nn.Module):
     Branch 1 keeps the given weights and statistics. The others start afresh by the layer's own ``reset_parameters`` and follow
     the network's way of initialising: their weights are scaled to the spread of the given ones, and their norm's scale and shift
     start where the given ones stand if those are all alike, as where a network starts a block's last norm at zero; ones that
-    differ have been trained, and start anew at one and zero. They stay separate layers, which taps can read one by one; one
-    stacked layer would be slower on a CPU, whose caches it leaves.
+    differ have been trained, and start anew at one and zero. A parameter that requires no gradient has the given values in every
+    branch: what is drawn anew must train. They stay separate layers, which taps can read one by one; one stacked layer would be
+    slower on a CPU, whose caches it leaves.
 
     Args:
         op: Convolution or linear layer.
@@ -145,6 +146,24 @@ def check_not_tied(network: nn.Module, sites: Mapping[str, str | None]) -> None:
             )
 
 
+def check_not_frozen(network: nn.Module, ops: Iterable[str]) -> None:
+    """Refuse ops whose weight requires no gradient: their branches could neither differ nor learn.
+
+    Args:
+        network: The network, not yet expanded.
+        ops: Module paths of what is to be expanded.
+    Raises:
+        UnsupportedPairError: If one is frozen.
+    """
+    for path in ops:
+        weight = network.get_submodule(path)._parameters.get("weight")
+        if weight is not None and not weight.requires_grad:
+            raise UnsupportedPairError(
+                f"{path}.weight of {type(network).__name__} requires no gradient, and branches have weights to learn; unfreeze it, "
+                "branch another layer with layers=, or use kd."
+            )
+
+
 def expand(op: nn.Module, norm: nn.Module | None, branches: int) -> tuple[Branched, nn.Module | None]:
     """Make the branches of an op and the norm that follows it.
 
@@ -239,6 +258,9 @@ def _afresh(layer: nn.Module) -> nn.Module:
             for name, value in layer.named_parameters(recurse=False):
                 if bool((value == value[0]).all()):
                     _tensor(fresh, name).copy_(value)
+        for name, value in layer.named_parameters(recurse=False):
+            if not value.requires_grad:
+                _tensor(fresh, name).copy_(value)
     return fresh
 
 

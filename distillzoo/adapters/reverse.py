@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distillzoo.adapters.memory import rank_positions
 from distillzoo.errors import OptionError
 from distillzoo.kinds import check_choice, is_whole
 from distillzoo.streams import Stream
@@ -97,7 +98,7 @@ def draw_noise(kind: Noise, branches: Tensor, scale: Tensor, stream: Stream, ste
     Args:
         kind: ``"student"``: a random branch for another sample of the batch, its channels centred; zero for a batch of one.
             ``"student_same"``: a random branch for the same sample, as it is. ``"gaussian"``: independent normal values of the
-            deviation ``scale``. ``"zero"``: none.
+            deviation ``scale``, others in every process of a distributed run. ``"zero"``: none.
         branches: ``(m, B, C, H, W)``; no gradient flows into it.
         scale: ``(n, C)``: deviations of the channels, of which a random row counts.
         stream: What is drawn from.
@@ -112,7 +113,7 @@ def draw_noise(kind: Noise, branches: Tensor, scale: Tensor, stream: Stream, ste
     first, second = index[:1], index[1:]
     if kind == "gaussian":
         row = scale.detach().index_select(0, stream.integers(step, first, len(scale))).view(1, -1, 1, 1)
-        normal = stream.normal(step, torch.arange(1, 1 + branches[0].numel(), device=device))
+        normal = stream.normal(step, 1 + rank_positions(branches[0].numel(), device))
         return row * normal.view(branches.shape[1:]).to(branches.dtype)
     picked = branches.index_select(0, stream.integers(step, first, len(branches))).squeeze(0)
     if kind == "student_same":

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from distillzoo import dataflow
 from distillzoo.adapters.bridge import Bridge
-from distillzoo.adapters.connectors import pool_larger
-from distillzoo.adapters.reparam import check_not_tied, expand, fold_network
+from distillzoo.adapters.connectors import full_precision, pool_larger
+from distillzoo.adapters.reparam import check_not_frozen, check_not_tied, expand, fold_network
 from distillzoo.adapters.reverse import AmplitudeSchedule, Noise, Start, diffusion_amplitudes, draw_noise, reverse_chain
 from distillzoo.adapters.trials import exact_copies, scrambled
 from distillzoo.distiller import Distiller
@@ -44,8 +44,8 @@ def progressive_loss(branches: Tensor, target: Tensor, noise: Tensor, chain: Ten
         branches: ``(m, B, C, H, W)``: z_1 .. z_m.
         target: ``(B, C, H, W)``: x_0; no gradient flows into it.
         noise: ``(B, C, H, W)``: e; no gradient flows into it.
-        chain: ``(m, m + 2)``: h_k - m_k as :func:`~distillzoo.adapters.reverse.reverse_chain` gives it. Permuting its first m
-            columns lets branches serve other steps.
+        chain: ``(m, m + 2)``: h_k - m_k as :func:`~distillzoo.adapters.reverse.reverse_chain` gives it, in any floating type.
+            Permuting its first m columns lets branches serve other steps.
     Returns:
         Scalar, mean over steps, batch, channels and space.
     Raises:
@@ -61,9 +61,10 @@ def progressive_loss(branches: Tensor, target: Tensor, noise: Tensor, chain: Ten
             f"progressive_loss needs (m, *shape) branches, target and noise of that shape and an (m, m + 2) chain; got "
             f"{[tuple(x.shape) for x in (branches, target, noise, chain)]}. Bring the branches to the target's shape."
         )
-    reached = chain[:, :steps] @ branches.flatten(1)
-    wanted = -chain[:, steps:] @ torch.stack([target, noise]).detach().flatten(1)
-    return F.mse_loss(reached, wanted)
+    branches, target, noise = (full_precision(x) for x in (branches, target.detach(), noise.detach()))
+    chain, given = chain.to(branches.dtype), torch.stack([target, noise]).to(branches.dtype)
+    with torch.autocast(branches.device.type, enabled=False):  # the products' difference drowns in 16 bits
+        return F.mse_loss(chain[:, :steps] @ branches.flatten(1), -chain[:, steps:] @ given.flatten(1))
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class KDiffusion(Distiller):
         seed: Seed of the distiller.
     Raises:
         OptionError: If an option has no such value, or two layers have one op.
-        UnsupportedPairError: If a stage has no op that branches and folds, or the guide's path cannot be followed.
+        UnsupportedPairError: If a stage has no op that branches and folds and trains, or the guide's path cannot be followed.
     Example:
         >>> from distillzoo import build_distiller, create_model
         >>> student, teacher = (create_model(name, num_classes=10) for name in ("resnet8", "resnet20"))
@@ -159,7 +160,7 @@ class KDiffusion(Distiller):
             raise OptionError("guide_on='final' needs a chain, and objective='average' has none; use guide_on='mean'.")
         self.branches, self.shuffle, amplitudes = branches, shuffle, diffusion_amplitudes(schedule, branches)
         chain = reverse_chain(amplitudes, start=check_choice("start", start, Start), teacher_forced=objective == "teacher_forced")
-        self.register_buffer("chain", chain.float(), persistent=False)
+        self.register_buffer("chain", chain, persistent=False)  # in the student's floating type once it is built
         chosen = preset_weights(self.weight_presets, weights if isinstance(weights, str) else None, type(self).__name__)
         self.set_weights({name: weight for name, weight in chosen.items() if guide or name != "guide"})
         if weights is not None and not isinstance(weights, str):
@@ -196,6 +197,7 @@ class KDiffusion(Distiller):
         sites = dataflow.linear_sites(net, flow, pairs)
         self._sites = dict(sites.values())
         check_not_tied(net.module, self._sites)
+        check_not_frozen(net.module, self._sites if self.branches > 1 else ())
         for op, norm in sites.values():
             branched, rest = expand(net.submodule(op), None if norm is None else net.submodule(norm), self.branches)
             net.replace(op, branched)
@@ -251,7 +253,7 @@ class KDiffusion(Distiller):
                 order = orders.permutation(self.step, self.branches, z.device)
             noise = draw_noise(self.noise, z, bridge.scale(), noises, self.step)
             chain = torch.cat([self.chain[:, : self.branches].index_select(1, order), self.chain[:, self.branches :]], 1)
-            terms = {"progressive": progressive_loss(z, target, noise, chain.to(z.dtype))}
+            terms = {"progressive": progressive_loss(z, target, noise, chain)}
             if self.guide_on == "final":  # u_m = 0 and v_m = 1: the final reconstruction is the branch of the last step
                 predicted = z.index_select(0, order.argmax().view(1)).squeeze(0)
         if path := self._guides.get(layer.stage):

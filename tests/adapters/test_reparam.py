@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distillzoo.adapters.reparam import AfterNorm, Branched, check_not_tied, expand, fold, fold_network
+from distillzoo.adapters.reparam import AfterNorm, Branched, check_not_frozen, check_not_tied, expand, fold, fold_network
 from distillzoo.errors import OptionError, UnsupportedPairError
 
 OPS = {
@@ -168,13 +168,27 @@ def test_folding_leaves_the_branches_as_they_were_and_shares_nothing():
 
 
 def test_what_is_frozen_stays_frozen():
-    op, norm = OPS["conv"]()
-    op.requires_grad_(False)
+    op, norm = OPS["biased"]()
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm.bias)
+    for frozen in (op.weight, op.bias, norm.bias):
+        frozen.requires_grad_(False)
     branched, rest = expand(op, norm, M)
     for branch in branched.branches:
-        assert not branch.op.weight.requires_grad
+        for parameter, given in ((branch.op.weight, op.weight), (branch.op.bias, op.bias), (branch.norm.bias, norm.bias)):
+            assert not parameter.requires_grad
+            assert torch.equal(parameter, given)
         assert branch.norm.weight.requires_grad
     assert not fold(branched, rest)[0].weight.requires_grad
+
+
+def test_a_frozen_op_is_refused():
+    network = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1))
+    network[1].requires_grad_(False)
+    network[2].weight.requires_grad_(False)
+    check_not_frozen(network, ["0"])
+    with pytest.raises(UnsupportedPairError, match=r"2\.weight of Sequential requires no gradient.*unfreeze it.*layers="):
+        check_not_frozen(network, ["0", "2"])
 
 
 def test_one_branch_is_the_layer_itself():

@@ -116,6 +116,15 @@ def test_branches_start_as_published_for_a_fresh_student_and_keep_what_a_trained
     assert scales(silent) == kept, "nothing tells that it is fresh"
 
 
+def test_a_frozen_convolution_stays_as_it_is():
+    student = TinyNet()
+    student.groups[0].requires_grad_(False)
+    kernel = student.groups[0][0].conv.weight.clone()
+    distiller = build("gpd", student, branch_start="scratch")
+    assert torch.equal(distiller.export_student().groups[0][0].conv.weight, kernel)
+    assert not any(parameter.requires_grad for parameter in distiller.student.groups[0].parameters())
+
+
 def test_a_homogeneous_rule_is_not_needed_of_modules():
     class Smooth(nn.Module):
         def __init__(self):

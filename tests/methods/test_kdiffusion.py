@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +23,7 @@ from distillzoo.models import MODELS
 from distillzoo.streams import Stream
 from distillzoo.testing import Subject, checks_state, checks_step, tiny_data, tiny_pair
 from distillzoo.types import Batch, Stage
+from tests.methods import oracles
 
 SCHEDULES = ("linear_amplitude", "cosine", "ddpm")
 STEP = torch.tensor(5)
@@ -201,6 +202,19 @@ def test_every_branch_has_a_gradient_and_the_teacher_none():
     assert e.grad is None
 
 
+def test_the_loss_takes_the_chain_as_it_is_made_and_tensors_of_any_floating_type():
+    z, x0, e = torch.randn(3, 2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
+    chain = reverse_chain(diffusion_amplitudes("cosine", 3))
+    expected = progressive_loss(z, x0, e, chain)
+    torch.testing.assert_close(progressive_loss(z.float(), x0.float(), e.float(), chain), expected.float())
+    torch.testing.assert_close(progressive_loss(z.float(), x0.half(), e, chain), expected.float(), rtol=1e-3, atol=0)
+    oracles.check_half_types(progressive_loss, 400 * z, x0, e, chain)  # squares leave half precision's range
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same = progressive_loss(z.float(), x0.float(), e.float(), chain)
+    torch.testing.assert_close(same, expected.float())
+    oracles.check_compiles(lambda z: progressive_loss(z, x0, e, chain), z)
+
+
 @pytest.mark.parametrize(
     ("shapes"),
     [
@@ -267,6 +281,20 @@ def test_noise_is_a_function_of_seed_and_step(kind):
     draws = [draw_noise(kind, BRANCHES, torch.ones(1, 3), NOISE, torch.tensor(step)) for step in (1, 1, 2, 3, 4, 5)]
     assert torch.equal(draws[0], draws[1])
     assert any(not torch.equal(draws[0], other) for other in draws[2:])
+
+
+def test_processes_of_a_distributed_run_draw_the_gaussian_noise_that_one_would_for_all(monkeypatch):
+    def draw(branches):
+        return draw_noise("gaussian", branches, torch.tensor([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]]), NOISE, STEP)
+
+    whole = draw(BRANCHES[:, :4])
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        parts.append(draw(BRANCHES[:, :2]))
+    assert torch.equal(torch.cat(parts), whole)
 
 
 # ------------------------------------------------------------------------------------------------ the bridge
@@ -602,6 +630,13 @@ def test_an_op_by_hand_is_taken():
 def test_what_is_not_allowed_is_said_in_a_sentence(options, message):
     with pytest.raises(OptionError, match=message):
         build(**options)
+
+
+def test_a_student_of_double_precision_has_a_chain_of_double_precision():
+    exact = reverse_chain(diffusion_amplitudes("cosine", 4))
+    networks = [create_model(name, num_classes=5).double() for name in ("resnet8", "resnet20")]
+    assert torch.equal(build_distiller("kdiffusion", *networks, input_size=32, schedule="cosine").chain, exact)
+    assert torch.equal(build(schedule="cosine").chain, exact.float())
 
 
 def test_the_seed_decides_branches_and_draws():

@@ -174,6 +174,17 @@ def test_an_op_that_shares_its_weight_with_another_is_refused_and_the_student_le
     assert exported.groups[2][0].conv.weight is exported.groups[0][0].conv.weight
 
 
+def test_a_frozen_op_is_refused_but_by_a_single_branch():
+    student = TinyNet()
+    student.groups[2].requires_grad_(False)
+    with pytest.raises(UnsupportedPairError, match=r"groups\.2\.0\.conv\.weight of TinyNet requires no gradient.*layers="):
+        build_distiller("kdiffusion", student, TinyTeacher(), data=tiny_data())
+    build_distiller("kdiffusion", copy.deepcopy(student), TinyTeacher(), data=tiny_data(), layers="middle")
+    single = build_distiller("kdiffusion", copy.deepcopy(student), TinyTeacher(), data=tiny_data(), branches=1)
+    kept = single.student.groups[2][0].conv.branches[0].op.weight
+    assert torch.equal(kept, student.groups[2][0].conv.weight)
+
+
 def test_blocks_that_start_as_nothing_do_so_with_branches():
     student = create_model("resnet8", num_classes=5)
     nn.init.zeros_(student.layer3[0].bn2.weight)
