@@ -178,7 +178,7 @@ class DiffKD(Distiller):
                 f"target={target!r}, which have none: leave it out."
             )
         self.temperature, self.schedule = temperature, denoiser.ddim_schedule(denoise_steps, train_steps)
-        self.register_buffer("levels", denoiser.alpha_bars(train_steps).float(), persistent=False)
+        self.register_buffer("levels", denoiser.alpha_bars(train_steps), persistent=False)  # in the student's type once it is built
         self.places = nn.ModuleDict()
         self.target: nn.Module = nn.Identity()
         present = {"ce", "diffusion"}

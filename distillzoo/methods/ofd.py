@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distillzoo.adapters.connectors import full_precision, pool_larger
+from distillzoo.adapters.memory import gather_ranks
 from distillzoo.adapters.projections import NormedProjection
+from distillzoo.casting import full_precision_trace
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError
 from distillzoo.kinds import check_choice
@@ -105,7 +107,7 @@ class OFD(Distiller):
     code: clovaai/overhaul-distillation. Term ``feature``: sum_i 2^-(n-1-i) ofd_loss_i over n stages paired from the deep end, the
     last with weight 1. The margin comes from the batch norm before the teacher's activation; where there is none of the map's
     width (transformers, linear bottlenecks, joined branches) it is the mean of the negative values per channel, from
-    :meth:`prepare` or else the first training batch, and 0 where a channel has none.
+    :meth:`prepare` or else the first training batch, of all processes in a distributed run, and 0 where a channel has none.
 
     Maps of different size: the larger is average-pooled to the smaller, the teacher's as mdistiller does it, the student's before
     its connector; the authors' code assumes equal sizes.
@@ -180,14 +182,15 @@ class OFD(Distiller):
                 found = _negatives(full_precision(features[self.pairs[number][1]]))
                 totals[number] = totals[number].to(found) + found
         for number, total in totals.items():
-            self.margin(number).copy_(_mean_negative(total))
+            self.margin(number).copy_(_mean_negative(gather_ranks(total.unsqueeze(0)).sum(0)))
             self.measured[number].fill_(True)
 
     def distill_terms(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         """Return ``feature``."""
         assert teacher is not None
         if self.teacher_bn == "batch":
-            teacher = self._trace(batch)
+            with torch.autocast(batch.images.device.type, enabled=self.student_net.autocast):  # as the loop runs the other passes
+                teacher = full_precision_trace(self._trace(batch))
         losses: list[Tensor] = []
         for number, (own, other) in enumerate(self.pairs):
             target = teacher.features[other]
@@ -206,7 +209,10 @@ class OFD(Distiller):
     def _first_batch_margin(self, number: int, features: Tensor) -> Tensor:
         """The margin of a stage without norm: measured, or of this very batch; chosen on the device."""
         stored = self.margin(number)
-        now = _mean_negative(_negatives(full_precision(features))).to(stored.dtype)
+        found = _negatives(full_precision(features))
+        if self.training:  # not the processes' own: they would train towards different margins
+            found = gather_ranks(found.unsqueeze(0)).sum(0)
+        now = _mean_negative(found).to(stored.dtype)
         chosen = torch.where(self.measured[number], stored, now)
         if self.training:
             stored.copy_(chosen)

@@ -252,6 +252,12 @@ def test_processes_of_a_distributed_run_draw_what_one_would_for_all(monkeypatch)
     assert torch.equal(torch.cat(parts), drawn)
 
 
+def test_a_student_of_double_precision_has_levels_of_double_precision():
+    assert torch.equal(oracles.tiny_pair("diffkd").levels, denoiser.alpha_bars().float())
+    double = oracles.tiny_pair("diffkd", student=TinyNet(4).double(), teacher=TinyNet(8).double())
+    assert torch.equal(double.levels, denoiser.alpha_bars())
+
+
 def test_eval_mode_normalises_by_the_batch_too():
     """Autoencoder and noise predictors read the teacher alone, so their terms are those of training mode."""
     distiller = oracles.tiny_pair("diffkd")

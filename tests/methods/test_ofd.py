@@ -1,12 +1,13 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
-from torch import nn
+from torch import distributed, nn
 
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError
 from distillzoo.functional import ofd_loss, ofd_margin
@@ -248,6 +249,31 @@ def test_prepare_measures_margins_over_batches_where_no_norm_gives_them():
     assert all(torch.equal(value, before[name]) for name, value in untouched.state_dict().items())
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["first batch", "prepared"])
+def test_processes_of_a_distributed_run_measure_the_margins_that_one_would_of_all(monkeypatch, prepared):
+    def measured(part):
+        distiller = tiny_pair("ofd")
+        images, targets = oracles.tiny_batch(6)
+        if prepared:
+            distiller.prepare(SimpleNamespace(epoch=lambda *args, **named: [Batch(images[part], targets[part])]))
+        else:
+            distiller(images[part], targets[part])
+        return [distiller.margin(number) for number in range(3)]
+
+    def all_gather(parts, tensor):
+        parts[0].copy_(tensor)
+        parts[1].copy_(theirs.pop(0) if theirs else tensor)
+        sent.append(tensor)
+
+    expected, sent, theirs = measured(slice(None)), [], []
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_gather", all_gather)
+    measured(slice(3, None))
+    theirs = list(sent)
+    torch.testing.assert_close(measured(slice(3)), expected)
+
+
 def test_a_norm_of_another_width_or_kind_gives_no_margin():
     teacher = normed(8)
     teacher.stages = (*teacher.stages[:2], Stage("blocks.2", "blocks.2.2:input", norm="blocks.1.1"))
@@ -284,6 +310,18 @@ def test_batch_statistics_of_the_teacher_leave_it_untouched():
     assert not any(module.training for module in teacher.modules())
     assert all(module.track_running_stats for module in teacher.modules() if isinstance(module, nn.BatchNorm2d))
     oracles.check_two_steps(distiller)
+
+
+def test_the_second_teacher_pass_runs_under_the_loops_autocast():
+    distiller = tiny_pair("ofd", teacher=normed(8), teacher_bn="batch")
+    seen = []
+    distiller.teacher_net.module.blocks[0][0].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = distiller(*oracles.tiny_batch(4))
+        assert seen == [dtype, dtype]
+        assert out.loss.dtype == torch.float32
+        seen.clear()
 
 
 def test_a_batch_of_one_image_takes_the_teachers_running_statistics():
