@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -146,6 +147,21 @@ def test_a_method_names_its_source(name):
     text = inspect.getdoc(OURS[name]) or ""
     cited = re.search(r'"[^"]+",[^"]*\b(19|20)\d\d\b', text, flags=re.DOTALL)
     assert cited or "baseline" in text, f'{name} cites no paper (authors, "title", venue year) and is no baseline'
+
+
+def test_the_page_of_a_method_counts_what_trains_beside_the_plain_student():
+    pytest.importorskip("sphinx")
+    spec = importlib.util.spec_from_file_location("method_pages", ROOT / "docs" / "_ext" / "method_pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def count(name):
+        return int(re.search(r"beside the plain student's\s+- ([\d,]+)", "\n".join(module.needs(name)))[1].replace(",", ""))
+
+    assert count("kd") == 0
+    assert count("kdiffusion") == 3 * (64 * 64 * 9 + 2 * 64) + 64 * 64 + 2 * 64  # three more branches, and the bridge
+    plain = module.trained(module.create_model(module.STUDENT, num_classes=module.CLASSES))
+    assert 2.5 * plain < count("gpd_reduced") < 3 * plain  # inner layers are twice as wide on either side
 
 
 @pytest.mark.parametrize("name", sorted(OURS))

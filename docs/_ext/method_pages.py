@@ -132,12 +132,12 @@ def needs(name: str) -> list[str]:
     labels = torch.arange(50_000) % CLASSES  # as many as a common training set has: memories and negatives as in real use
     data = DataSpec(CLASSES, (SIZE, SIZE), num_samples=len(labels), targets=labels)
     student, teacher = (create_model(network, num_classes=CLASSES) for network in (STUDENT, TEACHER))
+    plain = trained(student)
     try:
         distiller = build_distiller(name, student, teacher, data=data, seed=0)
     except UnsupportedPairError as error:
         return [*lines, f"On {TEACHER} and {STUDENT} it refuses: {error}\n"]
     asks = distiller.requires
-    own = sum(p.numel() for group in distiller.param_groups() if group.owner == "adapters" for p in group.params)
     rows = [
         ("Teacher", "yes" if asks.teacher else "no"),
         ("Student taps", listed(asks.student_taps)),
@@ -146,9 +146,14 @@ def needs(name: str) -> list[str]:
         ("Second view of each image", "yes" if asks.second_view else "no"),
         ("Class numbers, so no mixing of labels", "yes" if asks.hard_labels else "no"),
         ("Phases", ", ".join(phase.name for phase in distiller.phases())),
-        ("Parameters beside the student's", f"{own:,}"),
+        ("Parameters that are trained beside the plain student's", f"{trained(distiller) - plain:,}"),
     ]
     return [*lines, f"With default options, ``{TEACHER}`` teaching ``{STUDENT}``, {CLASSES} classes:\n", *table(("", ""), rows)]
+
+
+def trained(module: torch.nn.Module) -> int:
+    """Return the number of parameters that require a gradient."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def listed(names: Iterable[str]) -> str:
