@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from distillzoo.adapters.connectors import ConvRegressor, full_precision
+from distillzoo.dataflow.experiments import watch
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import Weight
+from distillzoo.stages import Probe
 from distillzoo.taps import Tapped, Teacher
 from distillzoo.types import Batch, DataSpec, Requires, Trace
 
@@ -19,7 +21,6 @@ __all__ = ["FitNet", "hint_loss"]
 
 Head = Literal["auto", "relu", "linear"]
 _USUAL_STAGE = 2  # the references' index 2, their stem being 0
-_NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus)
 
 
 def hint_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
@@ -68,8 +69,8 @@ class FitNet(Distiller):
         data: What may be known about the data.
         hint_stage: Number of the teacher's stage that is the hint, 1 = the shallowest after the stem. It guides the student's
             stage that lies as far from the deep end. ``None`` takes stage 2, or the pair nearest to it where 2 has no partner.
-        head: ``"relu"`` or ``"linear"`` end of the regressor; ``"auto"`` takes ReLU where the hint ends with an activation that has
-            no negative values.
+        head: ``"relu"`` or ``"linear"`` end of the regressor; ``"auto"`` takes ReLU where the hint of a dry batch has no negative
+            values, as behind a ReLU.
         weights: Weights of ``ce`` and ``hint``.
         seed: Seed of the distiller.
     Raises:
@@ -117,12 +118,10 @@ class FitNet(Distiller):
         return pairs[number]
 
     def _hint_is_rectified(self) -> bool:
-        """Whether the hint is the output of an activation without negative values (a norm that only follows it does not count)."""
+        """Whether the hint of a dry batch has no negative value, whatever makes it so: module, function, or both within a block."""
         teacher = self._teacher()
-        stage = teacher.stages[int(self.pair[1].removeprefix("stage")) - 1]
-        activation, _, side = (stage.pre or "").partition(":")
-        inside = activation == stage.path or activation.startswith(f"{stage.path}.")
-        return side == "input" and inside and isinstance(teacher.submodule(activation), _NON_NEGATIVE)
+        hint = watch(Probe(teacher.module, teacher.data), "", teacher.path(self.pair[1]))[1]
+        return bool((hint >= 0.0).all())
 
     def distill_terms(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
         """Return ``hint``."""

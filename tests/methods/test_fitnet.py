@@ -191,10 +191,40 @@ def test_a_stage_that_a_later_norm_reads_is_not_rectified():
     assert isinstance(oracles.tiny_pair("fitnet", teacher=mixed).regressor.activation, torch.nn.Identity)
     inner = TinyNet(8)
     inner.stages = (Stage("blocks.0"), Stage("blocks.1", "blocks.1.2"), Stage("blocks.2"))
-    assert isinstance(oracles.tiny_pair("fitnet", teacher=inner).regressor.activation, torch.nn.Identity)
+    assert isinstance(oracles.tiny_pair("fitnet", teacher=inner).regressor.activation, torch.nn.ReLU)  # whatever is declared
     gelu = TinyNet(8)
     gelu.blocks[1][2] = torch.nn.GELU()
     assert isinstance(oracles.tiny_pair("fitnet", teacher=gelu).regressor.activation, torch.nn.Identity)
+
+
+class ByFunction(torch.nn.Module):
+    """A residual block that ends with a function, as is usual for CIFAR."""
+
+    def __init__(self, inputs: int, outputs: int, end) -> None:
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(inputs, outputs, 3, 2, 1), torch.nn.BatchNorm2d(outputs)
+        self.shortcut, self.end = torch.nn.Conv2d(inputs, outputs, 1, 2), end
+
+    def forward(self, x):
+        return self.end(self.norm(self.conv(x)) + self.shortcut(x))
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        (torch.nn.functional.relu, torch.nn.ReLU),
+        (lambda x: torch.relu(x).clone(), torch.nn.ReLU),
+        (lambda x: torch.cat([x[:, ::2].relu(), x[:, 1::2].relu_()], 1), torch.nn.ReLU),  # a block of two branches
+        (torch.nn.functional.silu, torch.nn.Identity),
+        (lambda x: x, torch.nn.Identity),
+    ],
+    ids=["relu", "relu inside", "joined", "silu", "linear"],
+)
+def test_the_head_follows_the_sign_of_blocks_that_end_with_a_function(end, kind):
+    teacher = TinyNet(8)
+    teacher.blocks[1] = ByFunction(8, 16, end)
+    teacher.stages = tuple(Stage(f"blocks.{number}") for number in range(3))
+    assert isinstance(oracles.tiny_pair("fitnet", teacher=teacher).regressor.activation, kind)
 
 
 @pytest.mark.parametrize(
