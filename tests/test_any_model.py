@@ -71,7 +71,7 @@ def test_the_whole_matrix(taught_by, student):
 def test_families(name):
     torch.manual_seed(0)
     network = create_model(name, num_classes=CLASSES)
-    size = 299 if name == "torchvision/inception_v3" else 224  # torchvision's networks do not say it; this one trains at no less
+    size = 299 if name == "torchvision/inception_v3" else 224  # torchvision's networks do not say what they want
     declared = (getattr(network, "pretrained_cfg", None) or {}).get("input_size", (3, size, size))
     data = DataSpec(CLASSES, declared[1:])
     tapped = Tapped(network, data)

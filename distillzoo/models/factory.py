@@ -19,6 +19,10 @@ __all__ = ["create_model", "list_models"]
 
 _TIMM, _TORCHVISION = "timm/", "torchvision/"
 _TIMM_HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's own prefixes: names that no list holds
+_WITH_AUXILIARY = ("googlenet", "inception_v3")
+_AUXILIARY = ("aux1", "aux2", "AuxLogits")  # what they call their auxiliary classifiers
+# torchvision sets these options where it loads weights, and others where it does not; no file of weights tells which were set
+_AS_PUBLISHED: dict[str, Any] = {"aux_logits": False, "transform_input": True}
 _Path = str | os.PathLike[str]
 
 
@@ -39,7 +43,9 @@ def create_model(
         pretrained: Whether to download weights; timm's and torchvision's names only. The classifier is made afresh where the
             number of classes differs.
         checkpoint_path: File with a state dict to load, in place of a download.
-        **options: Options of the network itself, such as ``in_channels`` (ours) or ``drop_path_rate`` (timm).
+        **options: Options of the network itself, such as ``in_channels`` (ours) or ``drop_path_rate`` (timm). torchvision's
+            GoogLeNet and Inception are built as its weights want them, pretrained or not: ``transform_input=True`` (images in
+            ImageNet's normalisation) and, as no method trains them, without auxiliary classifiers (``aux_logits=False``).
     Returns:
         The network in training mode, on the CPU.
     Raises:
@@ -134,28 +140,44 @@ def _from_torchvision(name: str, num_classes: int, pretrained: bool, options: di
     if name not in names:
         raise UnknownNameError(_unknown_foreign(_TORCHVISION, name, names))
 
+    options = {**(_AS_PUBLISHED if name in _WITH_AUXILIARY else {}), **options}
+
     def build() -> nn.Module:
         if not pretrained:
             plain: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
             return plain
-        model: nn.Module = torchvision.models.get_model(name, weights="DEFAULT", **options)
+        stripped = options.get("aux_logits") is False  # which torchvision does not take beside its weights
+        asked = {option: value for option, value in options.items() if not (stripped and option == "aux_logits")}
+        model: nn.Module = torchvision.models.get_model(name, weights="DEFAULT", **asked)
+        if stripped:
+            model.aux_logits = False  # type: ignore[assignment]
+            for part in _AUXILIARY:
+                setattr(model, part, None)
         _resize_head(model, num_classes)
         return model
 
     model = _explained(_TORCHVISION + name, build, pretrained, "", options)
     if isinstance(model, torchvision.models.VisionTransformer):
         model.num_prefix_tokens = 1  # the class token, declared as timm's networks do, so that tokens can become a map
+    if getattr(model, "aux_logits", None) is False:
+        model.unused_keys = rf"({'|'.join(_AUXILIARY)})\."  # type: ignore[assignment] # published files hold them nevertheless
     return model
 
 
 def _resize_head(model: nn.Module, num_classes: int) -> None:
-    """Put a fresh classifier of ``num_classes`` in the place of the last linear layer, where the number differs."""
-    path, head = [(path, child) for path, child in model.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)][-1]
-    parent, _, child_name = path.rpartition(".")
-    if isinstance(head, nn.Linear) and head.out_features != num_classes:
-        setattr(model.get_submodule(parent), child_name, nn.Linear(head.in_features, num_classes, head.bias is not None))
-    elif isinstance(head, nn.Conv2d) and head.out_channels != num_classes:  # SqueezeNet classifies by a 1x1 convolution
-        setattr(model.get_submodule(parent), child_name, nn.Conv2d(head.in_channels, num_classes, 1))
+    """Put a fresh classifier of ``num_classes`` in the place of the last linear layer, and of the auxiliary ones of its width."""
+    layers = [(path, child) for path, child in model.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)]
+    last = layers[-1][1]
+    if isinstance(last, nn.Conv2d):  # SqueezeNet classifies by a 1x1 convolution
+        heads = layers[-1:]
+    else:
+        heads = [(path, each) for path, each in layers if isinstance(each, nn.Linear) and each.out_features == last.out_features]
+    for path, head in heads:
+        parent, _, child_name = path.rpartition(".")
+        if isinstance(head, nn.Linear) and head.out_features != num_classes:
+            setattr(model.get_submodule(parent), child_name, nn.Linear(head.in_features, num_classes, head.bias is not None))
+        elif isinstance(head, nn.Conv2d) and head.out_channels != num_classes:
+            setattr(model.get_submodule(parent), child_name, nn.Conv2d(head.in_channels, num_classes, 1))
 
 
 def _unknown_foreign(source: str, name: str, known: Sequence[str]) -> str:

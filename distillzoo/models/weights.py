@@ -86,7 +86,10 @@ def _state_dict(found: Any, path: str) -> dict[str, Tensor]:
 
 
 def _translated(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename published keys to ours where that makes the names agree."""
+    """Rename published keys to ours where that makes the names agree; leave out those of parts that the network does without."""
+    unused = getattr(model, "unused_keys", None)
+    if unused is not None:
+        state = {key: value for key, value in state.items() if not re.match(unused, key)}
     wanted, keys = set(model.state_dict()), list(state)
     for pattern, replacement in getattr(model, "published_keys", ()):
         keys = [re.sub(pattern, replacement, key) for key in keys]

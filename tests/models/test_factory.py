@@ -100,6 +100,32 @@ def test_torchvision_weights_get_a_fresh_classifier(arch, monkeypatch):
     assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 11)
 
 
+@pytest.mark.filterwarnings("ignore:auxiliary heads in the pretrained googlenet")
+@pytest.mark.parametrize(("arch", "size"), [("googlenet", 64), ("inception_v3", 96)])
+def test_what_began_with_torchvisions_weights_is_loaded_back(arch, size, tmp_path, monkeypatch):
+    """Both have auxiliary classifiers and a renormalisation of the images, which torchvision sets with the weights."""
+    import torchvision
+
+    name, options = f"torchvision/{arch}", {"init_weights": False}
+    published = torchvision.models.get_model(arch, weights=None, aux_logits=True, **options).state_dict()
+    weights = torchvision.models.get_model_weights(arch)
+    monkeypatch.setattr(weights, "get_state_dict", lambda self, **_: published)
+    images = torch.randn(2, 3, size, size)
+    for classes in (1000, 5):
+        started = create_model(name, num_classes=classes, pretrained=True, **options)
+        torch.save(started.state_dict(), tmp_path / "w.pt")
+        loaded = create_model(name, num_classes=classes, checkpoint_path=tmp_path / "w.pt", **options)
+        assert torch.equal(started.eval()(images), loaded.eval()(images))
+        if classes == 1000:  # the published file itself, downloaded by other means
+            torch.save(published, tmp_path / "published.pt")
+            by_hand = create_model(name, num_classes=1000, checkpoint_path=tmp_path / "published.pt", **options)
+            assert torch.equal(started(images), by_hand.eval()(images))
+    options["aux_logits"] = True
+    started = create_model(name, num_classes=5, pretrained=True, **options)
+    torch.save(started.state_dict(), tmp_path / "w.pt")
+    create_model(name, num_classes=5, checkpoint_path=tmp_path / "w.pt", **options)
+
+
 def test_checkpoints_are_loaded_strictly(tmp_path):
     source = create_model("resnet8", num_classes=10)
     wrapped = {"state_dict": {f"module.{key}": value for key, value in source.state_dict().items()}, "epoch": 3}
