@@ -83,6 +83,7 @@ def main(arguments: list[str], console: Console | None = None) -> int:
 def _run(given: argparse.Namespace, console: Console) -> int:
     sections: list[str] = []
     kept: dict[str, None] = {}
+    asked: dict[str, None] = {}
     loaded: dict[str, DataSet] = {}
     code = 0
     name, parts = load_parts(given.list)
@@ -91,8 +92,15 @@ def _run(given: argparse.Namespace, console: Console) -> int:
         command = Command(options, [_HERE / "teachers"], console, loaded, show=False)
         code = max(code, command.run())
         sections.append(part.section("" if command.view is None else command.view.text()))
+        asked |= dict.fromkeys(command.plan.runs)
         kept |= dict.fromkeys(cell.run.id for cell in command.plan.cells if cell.run.id in command.results | command.reasons)
     place = given.results / name
+    lost = [run_id for run_id in asked if run_id not in kept and (place / run_id / "result.json").is_file()]
+    if lost:
+        raise OptionError(
+            f"{len(lost)} records that stand in {str(place)!r} were not found in {str(given.output)!r}, so nothing was written; "
+            "name their folder with --output, or run without --table-only."
+        )
     copy_records(list(kept), given.output, place)
     text = "\n\n".join(sections)
     write_text(place / "evidence.txt", text)

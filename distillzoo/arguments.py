@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from distillzoo.adapters.plain import check_plain
 from distillzoo.errors import DistillZooError, OptionError, ShapeError, failure_of
 from distillzoo.registry import DISTILLERS
 from distillzoo.stages import Probe
 from distillzoo.taps import Tapped, Teacher
 from distillzoo.types import DataSpec, Stage
 
-__all__ = ["check_arguments", "check_classes", "check_taps", "measured_data", "tapped_student"]
+__all__ = ["check_arguments", "check_classes", "check_taps", "measured_data", "tapped_student", "unchanged_if_refused"]
 
 _GUESSED_SIZES = ((224, 224), (32, 32))
 
@@ -41,6 +43,7 @@ def check_arguments(name: Any, student: Any, teacher: Any, data: Any, input_size
             f"The student must be a torch.nn.Module; got {student!r}; make one with create_model(name, num_classes=...)."
         )
     _check_network("student", student)
+    check_plain(student)
     for one in _networks_of(teacher):
         _check_network("teacher", one)
         _check_apart(student, one)
@@ -72,6 +75,39 @@ def _networks_of(teacher: Any) -> list[nn.Module]:
     if several:
         return list(teacher)
     return [] if teacher is None else [teacher.module if isinstance(teacher, Teacher) else teacher]
+
+
+@contextmanager
+def unchanged_if_refused(student: nn.Module, teacher: Any) -> Iterator[None]:
+    """Give networks back as they came if what is done to them within fails: layers, hooks, modes, and what requires a gradient.
+
+    A method replaces layers before it has seen whether the rest of its options holds; a network that stayed so would be exported
+    so by the next method that takes it.
+
+    Args:
+        student: The student.
+        teacher: The teacher, several, or none.
+    """
+    networks = [student, *_networks_of(teacher)]
+    layers = [
+        (module, dict(module._modules), module.training, set(module._forward_hooks), set(module._forward_pre_hooks))
+        for network in networks
+        for module in network.modules()
+    ]
+    trained = [(parameter, parameter.requires_grad) for network in networks for parameter in network.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, children, training, after, before in layers:
+            module._modules.clear()
+            module._modules.update(children)
+            module.training = training
+            for hooks, kept in ((module._forward_hooks, after), (module._forward_pre_hooks, before)):
+                for key in [key for key in hooks if key not in kept]:
+                    del hooks[key]
+        for parameter, required in trained:
+            parameter.requires_grad_(required)
+        raise
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
@@ -185,7 +221,7 @@ def tapped_student(student: nn.Module, data: DataSpec, stages: Sequence[Stage | 
 
 
 def check_classes(student: Tapped, teacher: Teacher | None, num_classes: int | None) -> None:
-    """Refuse a pair of other classes than those asked for, or of different ones or floating types.
+    """Refuse a pair of other classes than those asked for, or of different ones, floating types or devices.
 
     Args:
         student: The student.
@@ -200,9 +236,14 @@ def check_classes(student: Tapped, teacher: Teacher | None, num_classes: int | N
             "make them equal."
         )
     if teacher is not None:
-        types = [next((p.dtype for p in net.module.parameters() if p.is_floating_point()), None) for net in (student, teacher)]
-        if None not in types and types[0] != types[1]:
-            raise OptionError(f"The student computes in {types[0]} and the teacher in {types[1]}; cast one of them.")
+        own, theirs = (next((p for p in net.module.parameters() if p.is_floating_point()), None) for net in (student, teacher))
+        if own is not None and theirs is not None and own.dtype != theirs.dtype:
+            raise OptionError(f"The student computes in {own.dtype} and the teacher in {theirs.dtype}; cast one of them.")
+        if own is not None and theirs is not None and own.device != theirs.device:
+            raise OptionError(
+                f"The student lies on {own.device} and the teacher on {theirs.device}; move one of them before, or both after: "
+                "a distiller takes its teacher along, distiller.to(device)."
+            )
     if teacher is not None and teacher.num_classes != student.num_classes:
         raise OptionError(
             f"The teacher {type(teacher.module).__name__} has {teacher.num_classes} classes and the student "

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 import distillzoo.methods  # noqa: F401 - registers them
-from distillzoo.arguments import check_arguments, check_classes, check_taps, measured_data, tapped_student
+from distillzoo.arguments import (
+    check_arguments,
+    check_classes,
+    check_taps,
+    measured_data,
+    tapped_student,
+    unchanged_if_refused,
+)
 from distillzoo.composition import Composition, Maker, composed_weights
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, unknown_name
@@ -113,10 +120,19 @@ def _split_options(methods: Mapping[str, type[Distiller]], options: Mapping[str,
         if unknown:
             allowed = unknown_name("member of the composition", unknown[0], methods, listed="Members")
             raise OptionError(f"{allowed} Options of a composition are given as kd={{'temperature': 2.0}}.")
-        given = {member: dict(options.get(member) or {}) for member in methods}
+        given = {member: _member_options(member, options.get(member)) for member in methods}
     for member, method in methods.items():
         check_options(member, method, given[member])
     return given
+
+
+def _member_options(member: str, given: Any) -> dict[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        raise OptionError(
+            f"Options of a member of a composition are a mapping, as kd={{'temperature': 2.0}}; got {member}={given!r}; name the "
+            "option."
+        )
+    return dict(given or {})
 
 
 def build_distiller(
@@ -133,7 +149,9 @@ def build_distiller(
     seed: int | None = None,
     **options: Any,
 ) -> Distiller:
-    """Build a distiller on a pair of networks and take the student over.
+    """Build a distiller on a pair of networks and take the student over; where it refuses, both networks stay as they came.
+
+    The distiller is in training mode, as every new module, and with it the student.
 
     Args:
         name: A registered name, a composition such as ``"crd+kd"``, or a subclass of :class:`Distiller`.
@@ -180,28 +198,29 @@ def build_distiller(
         raise OptionError(f"num_classes is {num_classes} and data says {data.num_classes}; give one of them.")
     if data is not None and input_size is not None:
         raise OptionError(f"input_size {input_size} beside data, which says {data.input_size}; give one of them.")
-    chosen = taps or {}
-    tapped = tapped_student(student, spec, chosen.get("student"))
-    teacher = as_teacher(teacher, spec, chosen.get("teacher"), teacher_data)
-    check_classes(tapped, teacher, data.num_classes if data is not None else num_classes)
-    seed = draw_seed(seed)
-    alone = weights if len(methods) == 1 else None
-    makers = {member: _maker(member, method, {**given[member], "weights": alone}, seed) for member, method in methods.items()}
-    if len(makers) == 1:
-        distiller = next(iter(makers.values()))(tapped, teacher, spec)
-    else:
-        distiller = Composition(tapped, teacher, spec, makers=makers, weights=_by_term(weights), seed=seed)
-    _follow_student(distiller)
-    tapped.request(*distiller.requires.student_taps)
-    if teacher is not None and distiller.requires.teacher:
-        teacher.request(*distiller.requires.teacher_taps)
-    return distiller
+    with unchanged_if_refused(student, teacher):
+        tapped = tapped_student(student, spec, (taps or {}).get("student"))
+        teacher = as_teacher(teacher, spec, (taps or {}).get("teacher"), teacher_data)
+        check_classes(tapped, teacher, data.num_classes if data is not None else num_classes)
+        seed = draw_seed(seed)
+        alone = weights if len(methods) == 1 else None
+        makers = {member: _maker(member, method, {**given[member], "weights": alone}, seed) for member, method in methods.items()}
+        if len(makers) == 1:
+            distiller = next(iter(makers.values()))(tapped, teacher, spec)
+        else:
+            distiller = Composition(tapped, teacher, spec, makers=makers, weights=_by_term(weights), seed=seed)
+        _follow_student(distiller)
+        tapped.request(*distiller.requires.student_taps)
+        if teacher is not None and distiller.requires.teacher:
+            teacher.request(*distiller.requires.teacher_taps)
+        return distiller.train()  # as every new module: the student may have been evaluated just now
 
 
 def _maker(member: str, method: type[Distiller], arguments: Mapping[str, Any], seed: int) -> Maker:
     def make(student: Tapped, teacher: Teacher | None, data: DataSpec) -> Distiller:
-        # A stream for each member: its adapters start alike alone and in any composition.
-        with forked_generator(Stream.named(seed, "adapters", member)):
+        # A stream for each member: its adapters start alike alone and in any composition. Branches are drawn where the student is.
+        like = next(student.module.parameters(), torch.empty(0))
+        with forked_generator(Stream.named(seed, "adapters", member), device=like.device):
             return method(student, teacher, data, seed=seed, **arguments)
 
     return make

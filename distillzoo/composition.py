@@ -83,7 +83,7 @@ class Composition(Distiller):
         return {
             f"{name}.{term}": value
             for name, member in self._named().items()
-            for term, value in member.distill_terms(student, teacher, batch).items()
+            for term, value in member.distill_terms(student, teacher if member.requires.teacher else None, batch).items()
         }
 
     def phases(self) -> Sequence[Phase]:

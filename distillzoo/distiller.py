@@ -160,18 +160,21 @@ class Distiller(nn.Module, ABC):
             images: ``(B, C, H, W)`` normalised images.
             targets: ``(B,)`` labels or ``(B, num_classes)`` probabilities.
             index: ``(B,)`` data-set indices, for methods that require them.
-            second_view: ``(B, C, H, W)``, for methods that require it.
-            teacher: The teacher's trace of the same batch; without one the distiller runs its own teacher.
+            second_view: ``(B, C, H, W)``, for methods that require it; others do not see it.
+            teacher: The teacher's trace of the same batch, for methods that require one; without it the distiller runs its own
+                teacher.
         Raises:
             OptionError: If something that the method requires is missing.
             ShapeError: If images, targets and index do not fit.
             TapError: If the given trace lacks a tap.
         """
         hard = isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
+        needs = self.requires  # in a group others' needs are met too, and a method must compute there what it computes alone
+        second_view, teacher = second_view if needs.second_view else None, teacher if needs.teacher else None
         batch = Batch(images, targets.to(torch.int64) if hard else targets, index, second_view)
         check_batch(batch, self.data, self.requires, type(self).__name__)
         student = self.student_net(images)
-        if second_view is not None and self.requires.second_view:
+        if second_view is not None:
             student = Trace(student.logits, student.features, self.student_net(second_view))
         if teacher is None and self.teacher_net is not None and self.requires.teacher:
             teacher = self.teacher_net.trace(batch)

@@ -255,7 +255,8 @@ def _export(
         with _evaluating(student):
             write(student, partial)
             run = load(partial)
-            worst = max(float((run(batch) - student(batch)).abs().max()) for batch in batches)
+            gaps = [(run(batch) - student(batch)).abs().max().cpu() for batch in batches]
+            worst = float(torch.stack(gaps).max())  # Python's own max would lose a nan behind a number
     except Exception as error:  # exporters raise whatever their many parts raise
         partial.unlink(missing_ok=True)
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

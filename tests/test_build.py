@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from distillzoo import Distiller, build_distiller, list_distillers
+from distillzoo.arguments import check_classes
 from distillzoo.build import Ensemble, describe_distiller, resolve_distiller
 from distillzoo.errors import DistillZooError, OptionError, ShapeError, TapError, UnknownNameError
 from distillzoo.options import option_defaults
 from distillzoo.registry import DISTILLERS
 from distillzoo.schedules import LinearWarmup
-from distillzoo.taps import Teacher
+from distillzoo.taps import Tapped, Teacher
 from distillzoo.testing import TinyNet, TinyTeacher, tiny_data
 from distillzoo.types import DataSpec, Requires, Stage
 
@@ -558,3 +559,63 @@ def test_a_batch_that_is_none_is_a_sentence(images, targets, sentence):
     distiller = build("vanilla", TinyNet())
     with pytest.raises(ShapeError, match=sentence):
         distiller(images, targets)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def state_of(network):
+    values = {name: value.clone() for name, value in network.state_dict().items()}
+    kinds = [(name, type(part), part.training, len(part._forward_hooks)) for name, part in network.named_modules()]
+    return values, kinds, [parameter.requires_grad for parameter in network.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("kdiffusion", {"weights": {"progresive": 1.0}}),
+        ("kdiffusion+kd", {"weights": {"kd.kdd": 1.0}}),
+        ("gpd", {"weights": {"dynamc": 1.0}}),
+        ("gpd", {"static": "kd", "static_options": {"temperature": 0.0}}),
+        ("gpd+kd", {"weights": {"kd.kdd": 1.0}}),
+        ("gpd+kdiffusion", {}),
+        ("kd", {"num_classes": 7}),
+    ],
+)
+def test_a_refused_build_gives_both_networks_back_as_they_came(method, options):
+    """A student that kept its branches would be exported with them by whatever method takes it next."""
+    student, teacher = TinyNet().eval(), TinyTeacher()
+    before = [state_of(network) for network in (student, teacher)]
+    with pytest.raises(DistillZooError):
+        build(method, student, teacher, **options)
+    for network, (values, *rest) in zip((student, teacher), before, strict=True):
+        now, *others = state_of(network)
+        assert others == rest
+        assert now.keys() == values.keys()
+        assert all(torch.equal(now[name], values[name]) for name in values)
+    exported = build("kd", student, teacher).export_student()
+    assert exported.state_dict().keys() == TinyNet().state_dict().keys()
+
+
+def test_a_distiller_starts_in_training_mode():
+    student = TinyNet().eval()
+    distiller = build(student=student)
+    assert distiller.training
+    assert student.training
+    assert not distiller.teacher_net.module.training
+
+
+@pytest.mark.parametrize("given", [2.0, "temperature", [1]])
+def test_options_of_a_member_are_a_mapping(given):
+    with pytest.raises(OptionError, match=r"mapping, as kd=\{'temperature': 2\.0\}; got kd="):
+        build("at+kd", kd=given)
+
+
+def test_networks_on_two_devices_are_refused():
+    """On the devices that every machine has; where they would run, the first step would end in torch's own error."""
+    student, teacher = TinyNet(), TinyTeacher()
+    tapped, frozen = Tapped(student, tiny_data()), Teacher(teacher, tiny_data())
+    check_classes(tapped, frozen, None)
+    teacher.to("meta")
+    with pytest.raises(OptionError, match="The student lies on cpu and the teacher on meta; move one"):
+        check_classes(tapped, frozen, None)

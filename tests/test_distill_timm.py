@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
@@ -337,6 +338,15 @@ class Forgetful(nn.Module):
 def test_an_export_that_computes_something_else_is_refused(batches, tmp_path, write):
     with pytest.raises(RecordError, match=r"differ by up to 0\.0002, allowed is 0\.0001"):
         write(Forgetful(), tmp_path / "student.x", batches)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_of_which_one_batch_is_no_number_is_refused(student, batches, tmp_path):
+    def load(path):
+        return lambda images: student(images) * (math.nan if len(images) == 1 else 1.0)
+
+    with pytest.raises(RecordError, match="differ by up to nan"):
+        export._export("it", student, tmp_path / "student.x", batches, lambda _, path: path.write_bytes(b"x"), load)
     assert not list(tmp_path.iterdir())
 
 

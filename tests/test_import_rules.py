@@ -30,7 +30,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "distiller": FOUNDATION | NETWORK | DISTILLER,
     "composition": FOUNDATION | NETWORK | DISTILLER,
     "methods": FOUNDATION | NETWORK | DISTILLER | {"adapters"},
-    "arguments": FOUNDATION | NETWORK | DISTILLER,  # of build_distiller
+    "arguments": FOUNDATION | NETWORK | DISTILLER | {"adapters"},  # of build_distiller
     "build": FOUNDATION | NETWORK | DISTILLER | {"arguments", "composition", "methods"},
     "functional": frozenset({"methods"}),
     "testing": FOUNDATION | NETWORK | DISTILLER | {"composition", "build"},

@@ -26,5 +26,6 @@ def check_plain(network: nn.Module) -> None:
         if isinstance(module, AfterNorm | Branched | DualLayer | PerCopy):
             raise OptionError(
                 f"{path} of the student {type(network).__name__} is a {type(module).__name__}, which a distiller put there when it "
-                "took the student over; pass a plain student: a new one, or what export_student() of that distiller returns."
+                "took the student over; pass a plain student: a new one, or what export_student() of that distiller returns. "
+                "Two methods that restructure the student cannot be composed."
             )

@@ -261,14 +261,21 @@ def table_file(search: Search, choices: Sequence[Choice], command: str) -> str:
         command: The command that writes it, for its first line.
     """
     table: dict[str, Any] = dict(read_yaml(TABLES / f"{search.base}.yaml"))
+    known = {row.name: row for row in load_table(search.base).rows}
     rows = {str(name): dict(fields or {}) for name, fields in table["rows"].items()}
     for choice in choices:
         if choice.chosen is None:
             continue
-        row = rows[choice.swept.row]
-        row["weights"] = {**row.get("weights", {}), **choice.taken, choice.swept.term: choice.chosen}
+        fields = rows[choice.swept.row]
+        row = known[choice.swept.row].override({}, {**choice.taken, choice.swept.term: choice.chosen})
+        fields["weights"] = row.weights
+        usual = (dict(row.options), row.weights)
+        special = {pair: own for pair, own in row.pairs.items() if row.settings(Pair.parse(pair)) != usual}
+        fields["pairs"] = {pair: {name: values for name, values in own.items() if values} for pair, own in special.items()}
+        if not special:
+            del fields["pairs"]
         tried = ", ".join(f"{value:g}" for value in choice.swept.values)
-        row["source"] = f"{HELD_OUT}: the best of {tried} after {search.epochs} epochs; record {choice.ids[choice.chosen]}"
+        fields["source"] = f"{HELD_OUT}: the best of {tried} after {search.epochs} epochs; record {choice.ids[choice.chosen]}"
     return f"# Written from records, never by hand: {command}\n{dump_yaml({**table, 'rows': rows})}"
 
 
@@ -279,15 +286,17 @@ def check_kept(choices: Sequence[Choice], path: Path) -> None:
         choices: What came out.
         path: The table file, which need not exist.
     Raises:
-        OptionError: If there are choices in it that the records no longer make.
+        OptionError: If there are choices in it that the records no longer make, or that the search does not ask for.
     """
     rows = (read_yaml(path)["rows"] if path.is_file() else None) or {}
     chosen = [name for name, fields in rows.items() if str((fields or {}).get("source", "")).startswith(f"{HELD_OUT}:")]
-    lost = [choice.swept.row for choice in choices if choice.chosen is None and choice.swept.row in chosen]
+    made = {choice.swept.row for choice in choices if choice.chosen is not None}
+    lost = [name for name in chosen if name not in made]
     if lost:
         raise OptionError(
             f"The records that were found do not make the choices of {', '.join(lost)} that stand in {path.name}, so nothing was "
-            "written; name their folder with --output, run without --table-only, or delete that file first."
+            "written; name their folder with --output, run without --table-only, list these rows in the search, or delete that "
+            "file first."
         )
 
 

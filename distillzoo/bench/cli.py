@@ -31,10 +31,10 @@ from distillzoo.bench.table import Table, make_table
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.build import list_distillers
 from distillzoo.data import DATASETS, DataSet, load_dataset
-from distillzoo.errors import DataError, DistillZooError, OptionError
+from distillzoo.errors import DataError, DistillZooError, MissingDependencyError, OptionError
 from distillzoo.models import MODELS
 
-__all__ = ["Command", "main"]
+__all__ = ["Command", "failed_file", "main"]
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -57,12 +57,28 @@ def main(arguments: Sequence[str], *, teacher_folders: Sequence[Path] = (), cons
         sentence = " ".join(str(error).split())
         console.warn(f"run_table.py: {sentence}")
         return WRONG_INPUT
+    except OSError as error:  # a full disk, a file without permission: finished records stand
+        console.warn(f"run_table.py: {failed_file(error)}")
+        return FAILED
     except TimeIsUp:
         console.warn("The minutes are over. The same command again goes on from the last checkpoints.")
         return INTERRUPTED
     except KeyboardInterrupt:
         console.warn("Interrupted. The same command again goes on from the last checkpoints.")
         return INTERRUPTED
+
+
+def failed_file(error: OSError) -> str:
+    """Say which file could not be read or written, and why.
+
+    Args:
+        error: What the system said.
+    """
+    which = "a file" if error.filename is None else repr(str(error.filename))
+    return (
+        f"{which} could not be read or written ({error.strerror or error}); finished records stand, and the same command goes on "
+        "once there is room and permission."
+    )
 
 
 def _dispatch(options: Options, teacher_folders: Sequence[Path], console: Console) -> int:
@@ -266,6 +282,10 @@ class Command:
                 plot_sweep(view.title, *view.series(), folder / f"{name}.png")
         except OSError as error:
             self.console.warn(f"The table's files could not be written to {str(folder)!r} ({error.strerror}).")
+            return
+        except MissingDependencyError as error:
+            self.console.warn(f"The plot was not written: {error}")
+            self.console.say(f"Written: {folder / name}.md, .csv; records in {folder}.")
             return
         self.console.say(f"Written: {folder / name}.md, .csv, .png; records in {folder}.")
 

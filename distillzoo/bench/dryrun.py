@@ -25,7 +25,7 @@ from distillzoo.bench.teachers import TeacherStore
 from distillzoo.bench.training import GroupTask, student_task
 from distillzoo.engine import EpochReport, Observer, StepReport, Trainer, evaluate_all
 from distillzoo.errors import DistillZooError
-from distillzoo.types import Batch, DataSpec, Loader
+from distillzoo.types import Batch, DataSpec, Loader, Phase
 
 __all__ = ["Cost", "estimate", "measure"]
 
@@ -97,13 +97,19 @@ def measure(task: GroupTask) -> Cost:
     return replace(_measure(task), flops=flops)
 
 
+def _first_epochs(phases: Sequence[Phase], epochs: int) -> int:
+    """Epochs before the main phase; a phase that does not say takes those of the recipe."""
+    return sum(epochs if phase.epochs is None else phase.epochs for phase in phases[:-1])
+
+
 def _measure(task: GroupTask) -> Cost:
     """Run up to ten real steps of a group's main phase and a few batches of its evaluation, and extrapolate."""
     clock = _Clock()
     _reset_peak(task.device)
     trainer = task.trainer(clock)
     clock.wait = partial(_wait, trainer)
-    first_epochs = [sum(phase.epochs or 0 for phase in member.phases[:-1]) for member in trainer.members.values()]
+    epochs = task.config.epochs
+    first_epochs = [_first_epochs(member.phases, epochs) for member in trainer.members.values()]
     for member in trainer.members.values():
         while member.phase_number < len(member.phases) - 1:
             member.finish_phase()
@@ -114,7 +120,7 @@ def _measure(task: GroupTask) -> Cost:
         return Cost(0, 0.0, 0.0, _peak(task.device), faults=faults)
     batch_seconds = _evaluation_seconds(trainer, task)
     memory = _peak(task.device)
-    epochs, steps = task.config.epochs, len(trainer.train)
+    steps = len(trainer.train)
     alone = clock.step_seconds / len(trainer.members)
     evaluation = epochs * len(trainer.evaluation) * batch_seconds
     seconds = epochs * steps * clock.step_seconds + evaluation + sum(first_epochs) * steps * alone

@@ -50,7 +50,10 @@ def places_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, An
         return ""
     everyone = [cell for cell, _ in told]
     parts = [f"{named_rows(own, everyone)} on {' and then '.join(found)}" for found, own in by_place.items()]
-    said = "Runs of one seed trained on different devices or numbers of threads, which moves figures, so these are not paired: "
+    said = (
+        "Runs of one seed trained on different devices or numbers of threads, which moves figures, so that differences between "
+        "them are not paired: "
+    )
     return f"{said}{'; '.join(parts)}."
 
 
@@ -62,7 +65,11 @@ def cost_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]
         results: Results by run id, each with its ``environment``.
     """
     groups: dict[tuple[object, ...], Mapping[str, Any]] = {}
-    for cell in _done(cells, results):
+    done = _done(cells, results)
+    # rows that read no teacher share their runs between pairs: theirs may tell of another pair's group
+    taught = {(cell.pair, cell.seed) for cell in done if results[cell.run.id].get("teacher")}
+    own = [cell for cell in done if results[cell.run.id].get("teacher") or (cell.pair, cell.seed) not in taught]
+    for cell in own:
         where = results[cell.run.id].get("environment") or {}
         if where.get("group_seconds") and where.get("group_images_per_second"):
             # records from before groups were written tell the group's size; rows of sweeps were then groups of their own
@@ -74,7 +81,7 @@ def cost_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]
     minutes = [where["group_seconds"] / 60 for where in groups.values()]
     sizes = sorted({where["group_size"] for where in groups.values()})
     speeds = [where["group_images_per_second"] for where in groups.values()]
-    told = dict.fromkeys(place for cell in _done(cells, results) for place in places(results[cell.run.id].get("environment") or {}))
+    told = dict.fromkeys(place for cell in own for place in places(results[cell.run.id].get("environment") or {}))
     rows = f"{' or '.join(map(str, sizes))} row{'s' if sizes != [1] else ''} on one teacher pass"
     speed = f"{_range(speeds, '.0f')} images/s for each row"
     beside = "evaluation, checkpoints and epochs that were interrupted come on top"

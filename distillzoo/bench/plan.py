@@ -195,7 +195,26 @@ def make_plan(
             teacher = _teacher_job(point, pair.teacher, data, teacher_checkpoint)
             for seed in point.seeds:
                 cells += [Cell(pair, row, seed, _run(point, row, pair, seed, teacher), teacher) for row in rows]
+    _check_told_apart(cells)
     return Plan(recipe, table, tuple(cells))
+
+
+def _check_told_apart(cells: Sequence[Cell]) -> None:
+    """Refuse points of a sweep that are one and the same run: what is swept decides nothing there.
+
+    Only the row that reads no teacher may stand level where the teacher's training is swept.
+    """
+    seen: dict[tuple[Pair, str], Cell] = {}
+    for cell in cells:
+        other = seen.setdefault((cell.pair, cell.run.id), cell)
+        one, two = dict(other.row.point), dict(cell.row.point)
+        swept = [path for path in one | two if one.get(path) != two.get(path)]
+        if swept and not (cell.run.teacher is None and all(path.startswith("teacher") for path in swept)):
+            first, second = (", ".join(f"{path}={value}" for path, value in one.row.point) for one in (other, cell))
+            raise OptionError(
+                f"{first} and {second} make one and the same run of {cell.row.title} on {cell.pair}, which a sweep would show as "
+                "two; sweep what decides the run (a teacher that is not trained here has no training), or leave that row out."
+            )
 
 
 def _data_identity(data: DataSet) -> dict[str, Any]:

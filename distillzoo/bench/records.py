@@ -207,7 +207,7 @@ class RecordStore:
         probe = self.root / f".probe.{os.getpid()}"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
+            probe.write_bytes(b"full disks take empty files")
             probe.unlink()
         except OSError as error:
             raise OptionError(

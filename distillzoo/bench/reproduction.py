@@ -119,8 +119,8 @@ class Comparison:
 
     @property
     def differences(self) -> Spread:
-        """The row less the other one, for the seeds that both have."""
-        return spread([value - self.other.last[seed] for seed, value in self.row.last.items() if seed in self.other.last])
+        """The row less the other one, for the seeds that both have from one training of their teacher."""
+        return spread([*self.row.less(self.other).values()])
 
     @property
     def doubt(self) -> str:
@@ -130,11 +130,25 @@ class Comparison:
             return "one seed" if found.n else ""
         return "inside the spread" if found.holds_zero else ""
 
+    @property
+    def gaps(self) -> str:
+        """Why one of the rows has no figure for seeds that will not come any more, which the mean of the others hides."""
+        return "; ".join(f"{line.row.title}: {line.missing}" for line in (self.row, self.other) if line.missing)
+
+    @property
+    def absent(self) -> str:
+        """Why there is no difference; empty if there is one."""
+        if self.differences.n:
+            return ""
+        if self.row.last.keys() & self.other.last.keys():
+            return "taught by different trainings of the teacher"
+        return self.gaps or "not there yet"
+
     def text(self) -> str:
-        """Write the differences, how many they are, and the doubt."""
+        """Write the differences, how many they are, and the doubt; or why there are none."""
         found = self.differences
-        parts = [found.text(signed=True), f"n = {found.n}", self.doubt]
-        return ", ".join(part for part in parts if part) if found.n else "not there yet"
+        parts = [found.text(signed=True), f"n = {found.n}", self.doubt, self.gaps]
+        return self.absent or ", ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -149,10 +163,12 @@ class Order:
 
     @property
     def verdict(self) -> str:
-        """``"met"``, ``"not met"`` or ``"not there yet"`` by the mean of the differences, and what is to be doubted of it."""
+        """``"met"`` or ``"not met"`` by the mean of the differences with what is to be doubted of it, or why there is none."""
         mean = self.comparison.differences.mean
-        met = "not there yet" if mean is None else "met" if mean > 0 else "not met"
-        return ", ".join(part for part in (met, self.comparison.doubt) if part)
+        if mean is None:
+            return self.comparison.absent
+        met = "met" if mean > 0 else "not met"
+        return ", ".join(part for part in (met, self.comparison.doubt, self.comparison.gaps) if part)
 
 
 def orders(plan: Plan, table: Table) -> list[Order]:

@@ -58,13 +58,40 @@ class Row:
         """Return options and weights for a pair, as ``build_distiller`` takes them."""
         special = self.pairs.get(str(pair), {})
         options = merge(self.options, special.get("options", {}))
+        self._check_options(options)
+        return options, self._merged(self.weights, special.get("weights"))
+
+    def override(self, options: Mapping[str, Any], weights: Mapping[str, Any] | str | None = None) -> Row:
+        """Return the row with options and weights over its own, for every pair: what it has for single pairs gives way too.
+
+        Args:
+            options: Options that are set.
+            weights: Weights by term that are set, or a preset that replaces all; ``None`` leaves them.
+        """
+        pairs = {
+            pair: {
+                **special,
+                "options": merge(special.get("options", {}), options),
+                "weights": None if special.get("weights") is None else self._merged(special["weights"], weights),
+            }
+            for pair, special in self.pairs.items()
+        }
+        return replace(self, options=merge(self.options, options), weights=self._merged(self.weights, weights), pairs=pairs)
+
+    def _merged(self, base: Mapping[str, Any] | str | None, over: object) -> Mapping[str, Any] | str | None:
+        """Merge weights; of a preset that terms go over, the other terms stay."""
+        if isinstance(base, str) and isinstance(over, Mapping):
+            self._check_options(self.options)
+            base = describe_distiller(self.method, weights=base, **self.options)["weights"]
+        return merge_weights(base, over)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
         for reserved in ("name", "weights"):
             if reserved in options:
                 raise OptionError(
                     f"{reserved!r} is no option of {self.name!r}: weights are set beside the options (weights: {{...}} "
                     f"or --{self.name}.weights); take it out."
                 )
-        return options, merge_weights(self.weights, special.get("weights"))
 
     def describe(self, pair: Pair) -> dict[str, Any]:
         """Return the resolved options and weights for a pair: every default filled in."""
@@ -169,6 +196,9 @@ def _make_row(key: str, value: Any, where: str) -> Row:
     for place, given in places.items():
         if not _fits(given):
             raise OptionError(f"{place} of row {key!r} of {where} must be a mapping of names to values; got {given!r}.")
+    for pair, special in (value.get("pairs") or {}).items():
+        Pair.parse(str(pair))
+        _check_fields(special or {}, ("options", "weights"), f"pairs, {pair} of row {key!r} of {where}")
     extra = value.get("extra", False)
     if not isinstance(extra, bool):
         raise OptionError(f"extra of row {key!r} of {where} must be true or false; got {extra!r}; correct it.")
@@ -220,14 +250,7 @@ def select_rows(table: TableSpec, recipe: Recipe) -> tuple[Row, ...]:
                 raise OptionError(
                     unknown_name(f"row under {field_name}", name, [row.name for row in chosen], listed="This table has")
                 )
-    rows = tuple(
-        replace(
-            row,
-            options=merge(row.options, recipe.options.get(row.name, {})),
-            weights=merge_weights(row.weights, recipe.weights.get(row.name)),
-        )
-        for row in chosen
-    )
+    rows = tuple(row.override(recipe.options.get(row.name, {}), recipe.weights.get(row.name)) for row in chosen)
     for row in rows:
         row.describe(Pair("", ""))  # unknown methods and options die here
     return rows

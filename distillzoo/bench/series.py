@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distillzoo.bench.cli import INTERRUPTED, WRONG_INPUT
+from distillzoo.bench.cli import FAILED, INTERRUPTED, WRONG_INPUT, failed_file
 from distillzoo.bench.progress import Console
 from distillzoo.bench.records import atomic
 from distillzoo.errors import DistillZooError
@@ -60,6 +60,9 @@ def run_series(name: str, work: Callable[[], int], console: Console) -> int:
     except DistillZooError as error:
         console.warn(f"{name}: {' '.join(str(error).split())}")
         return WRONG_INPUT
+    except OSError as error:
+        console.warn(f"{name}: {failed_file(error)}")
+        return FAILED
     except KeyboardInterrupt:
         console.warn("Interrupted. The same command again goes on from the last checkpoints.")
         return INTERRUPTED

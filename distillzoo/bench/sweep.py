@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from distillzoo.bench.plan import Cell, Plan
 from distillzoo.bench.provenance import teachers_sentence
 from distillzoo.bench.recipe import Recipe, apply_override
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
-from distillzoo.bench.rows import Row, TableSpec, merge, merge_weights, select_rows
+from distillzoo.bench.rows import Row, TableSpec, select_rows
 from distillzoo.bench.yamls import parse_scalar
 from distillzoo.errors import OptionError
 
@@ -87,15 +87,12 @@ def method_override(row: Row, path: str, value: Any) -> Row:
         value: The value.
     """
     first, _, rest = path.partition(".")
-    if first == "weights" and rest:
-        base = row.weights if isinstance(row.weights, Mapping) else {}
-        return replace(row, weights={**base, rest: value})
-    if path == "weights":
-        return replace(row, weights=merge_weights(row.weights, value))
+    if first == "weights":
+        return row.override({}, {rest: value} if rest else value)
     nested: Any = value
     for part in reversed(path.split(".")):
         nested = {part: nested}
-    return replace(row, options=merge(row.options, nested))
+    return row.override(nested)
 
 
 def sweep_rows(axes: Sequence[Axis], recipe: Recipe) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from distillzoo.bench.captions import (
     Results,
@@ -16,7 +16,7 @@ from distillzoo.bench.captions import (
     pair_caption,
     table_caption,
 )
-from distillzoo.bench.plan import Plan
+from distillzoo.bench.plan import Cell, Plan
 from distillzoo.bench.recipe import Pair
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
 from distillzoo.bench.rows import Row
@@ -35,24 +35,34 @@ class Line:
         asked: Number of seeds that were asked for.
         last: Accuracy after the last epoch, by seed.
         best: Accuracy of the best epoch, by seed.
-        against: Difference to the baseline by seed, for the seeds that both have.
+        against: Difference to the baseline by seed, as :meth:`less` gives it.
         published: Published figures with their source.
         protocols: By source, under which other protocol its figure came about.
         ended: How seeds ended that have a result and no figure, by seed.
         applies: Whether the method works on the pair.
         runs: Ids of its runs by seed; rows that read no teacher share theirs between pairs.
+        teachers: Digest of the teacher's weights by seed, as far as records tell; rows that read none have none.
     """
 
     row: Row
     asked: int
     last: Mapping[int, float]
     best: Mapping[int, float]
-    against: Mapping[int, float]
+    against: Mapping[int, float] = field(default_factory=dict)
     published: tuple[tuple[str, float], ...] = ()
     protocols: Mapping[str, str] = field(default_factory=dict)
     ended: Mapping[int, str] = field(default_factory=dict)
     applies: bool = True
     runs: Mapping[int, str] = field(default_factory=dict)
+    teachers: Mapping[int, str] = field(default_factory=dict)
+
+    def less(self, other: Line) -> dict[int, float]:
+        """Return this row less another by seed, for the seeds that both have; two trainings of one teacher make no pair."""
+        return {
+            seed: value - other.last[seed]
+            for seed, value in self.last.items()
+            if seed in other.last and len({known[seed] for known in (self.teachers, other.teachers) if seed in known}) < 2
+        }
 
     @property
     def missing(self) -> str:
@@ -218,26 +228,10 @@ def make_table(plan: Plan, results: Results, teacher_info: TeacherInfo, reasons:
     blocks = []
     for pair in dict.fromkeys(cell.pair for cell in plan.cells):
         cells = [cell for cell in plan.cells if cell.pair == pair]
-        reference = figures_by_seed([cell for cell in cells if cell.row.name == plan.table.baseline], results, "last_accuracy")
-        rows = {cell.row.name: cell.row for cell in cells}
-        lines = []
-        for row in rows.values():
-            own = [cell for cell in cells if cell.row.name == row.name]
-            last = figures_by_seed(own, results, "last_accuracy")
-            lines.append(
-                Line(
-                    row,
-                    len(own),
-                    last,
-                    figures_by_seed([cell for cell in own if cell.seed in last], results, "best_accuracy"),
-                    {seed: value - reference[seed] for seed, value in last.items() if seed in reference},
-                    tuple(plan.table.published_figures(row.name, pair)),
-                    plan.table.published_protocols(row.name),
-                    ended_by_seed(own, results),
-                    bool(last) or not any(cell.run.id in reasons for cell in own),
-                    {cell.seed: cell.run.id for cell in own},
-                )
-            )
+        lines = [_line(plan, [cell for cell in cells if cell.row.name == name], results, reasons) for name in _names(cells)]
+        baseline = next((line for line in lines if line.row.name == plan.table.baseline), None)
+        if baseline is not None:
+            lines = [replace(line, against=line.less(baseline)) for line in lines]
         info = teacher_info(cells[0].teacher) or {}
         cut = info["accuracy"] if info.get("head") == "slice" else None
         published = plan.table.published_figures("teacher", pair)
@@ -247,3 +241,25 @@ def make_table(plan: Plan, results: Results, teacher_info: TeacherInfo, reasons:
     heading = plan.table.title if plan.table.name == dataset or plan.table.name.startswith(f"{dataset}_") else dataset
     caption = table_caption(plan, [line for block in blocks for line in block.lines])
     return Table(heading, baseline_title(plan), plan.table.baseline, tuple(blocks), caption)
+
+
+def _names(cells: Sequence[Cell]) -> list[str]:
+    return list(dict.fromkeys(cell.row.name for cell in cells))
+
+
+def _line(plan: Plan, own: Sequence[Cell], results: Results, reasons: Mapping[str, str]) -> Line:
+    """Make the line of one row of one pair, but for its differences."""
+    row, last = own[0].row, figures_by_seed(own, results, "last_accuracy")
+    taught = {cell.seed: (results.get(cell.run.id, {}).get("teacher") or {}).get("sha256") for cell in own}
+    return Line(
+        row,
+        len(own),
+        last,
+        figures_by_seed([cell for cell in own if cell.seed in last], results, "best_accuracy"),
+        published=tuple(plan.table.published_figures(row.name, own[0].pair)),
+        protocols=plan.table.published_protocols(row.name),
+        ended=ended_by_seed(own, results),
+        applies=bool(last) or not any(cell.run.id in reasons for cell in own),
+        runs={cell.seed: cell.run.id for cell in own},
+        teachers={seed: digest for seed, digest in taught.items() if digest is not None},
+    )

@@ -71,7 +71,7 @@ def _scores(predict: Predictor, batch: Batch, config: TrainConfig, device: torch
 
 
 def evaluate(module: torch.nn.Module, loader: Loader, config: TrainConfig, device: torch.device) -> tuple[float, float]:
-    """Evaluate one network in eval mode; its training flag is put back.
+    """Evaluate one network in eval mode; the training flag of every part of it is put back.
 
     Args:
         module: A classifier on ``device``.
@@ -81,9 +81,10 @@ def evaluate(module: torch.nn.Module, loader: Loader, config: TrainConfig, devic
     Returns:
         Top-1 accuracy in per cent, and mean cross-entropy.
     """
-    training = module.training
+    flags = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         return evaluate_all({"module": module}, loader, config, device)["module"]
     finally:
-        module.train(training)
+        for part, training in flags:
+            part.training = training

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from distillzoo import dataflow
 from distillzoo.adapters.bridge import Bridge
 from distillzoo.adapters.connectors import full_precision, pool_larger
+from distillzoo.adapters.plain import check_plain
 from distillzoo.adapters.reparam import check_not_frozen, check_not_tied, expand, fold_network
 from distillzoo.adapters.reverse import AmplitudeSchedule, Noise, Start, diffusion_amplitudes, draw_noise, reverse_chain
 from distillzoo.adapters.trials import exact_copies, scrambled
@@ -193,6 +194,7 @@ class KDiffusion(Distiller):
     def _restructure(self, pairs: Mapping[str, str], frozen: dataflow.Flow) -> tuple[_Layer, ...]:
         """Put the branches into the student, and find where they and the teacher are read."""
         net = self.student_net
+        check_plain(net.module)
         flow = dataflow.Flow(net.module, net.data)
         sites = dataflow.linear_sites(net, flow, pairs)
         self._sites = dict(sites.values())

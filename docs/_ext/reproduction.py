@@ -55,7 +55,8 @@ def _far(table: Table, texts: dict[tuple[str, str], str]) -> list[str]:
         protocols = [each.line.protocols[source] for source in each.sources if source in each.line.protocols]
         seeds = f"{each.ours.n} seed{'s' if each.ours.n > 1 else ''}"
         theirs = f"published {each.published:.2f} ({', '.join(each.sources)})"
-        figures = f"ours {each.ours.text()} ({seeds}), {theirs}, {each.difference:+.2f}."
+        missing = f"; {each.line.missing}, so that the mean of the others flatters" if each.line.missing else ""
+        figures = f"ours {each.ours.text()} ({seeds}{missing}), {theirs}, {each.difference:+.2f}."
         label = "".join(f" The published figure is from {protocol}." for protocol in protocols)
         text = texts.get((str(pair), row.name), "The reason is not known yet.")
         lines += [f"**{row.title}, {pair.teacher} to {pair.student}**: {figures}{label} {' '.join(text.split())}", ""]

@@ -34,7 +34,6 @@ def test_a_student_that_was_only_read_is_plain():
     check_plain(student)
 
 
-@pytest.mark.xfail(strict=False, reason="build_distiller does not ask yet")
 @pytest.mark.parametrize("method", ["kd", "kdiffusion", "gpd", "gpd_reduced+at"])
 def test_a_distiller_is_not_built_on_a_student_of_another(method):
     for first in ("kdiffusion", "gpd"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import pytest
 import yaml
 
 from benchmarks.choose_weights import main
-from distillzoo.bench.choice import Choice, Swept, arguments, load_search
+from distillzoo.bench.choice import Choice, Search, Swept, arguments, check_kept, load_search, table_file
 from distillzoo.bench.options import parse_options
 from distillzoo.bench.progress import Console
 from distillzoo.bench.recipe import Pair
-from distillzoo.bench.rows import load_table, select_rows
+from distillzoo.bench.rows import TABLES, load_table, select_rows
 from distillzoo.errors import OptionError
 from tests.bench.conftest import TINY_YAML, Call
 
@@ -138,6 +139,13 @@ def test_from_nothing_to_the_table_file(call: Call, tmp_path: Path) -> None:
     assert weights["progressive"] == rows_of["kdiffusion_multi"].weights["progressive"]  # type: ignore[index, call-overload]
     assert set(weights) == {"progressive", "guide"}
     assert "record " in rows_of["kd"].source
+    reached: dict[float, float] = {}
+    for path in (tmp_path / "runs").glob("*/result.json"):
+        result = json.loads(path.read_text())
+        if result["identity"]["method"] == "kd":
+            reached[result["identity"]["weights"]["kd"]] = result["last_accuracy"]
+    assert rows_of["kd"].weights == {"kd": max(sorted(reached), key=lambda value: reached[value])}, "the best of the records"
+    assert len(reached) == 2
     kept = sorted(path.parent.name for path in (tmp_path / "results" / "mine_weights").glob("*/result.json"))
     assert len(kept) == 6
     assert not list((tmp_path / "results").rglob("*.safetensors"))
@@ -158,6 +166,44 @@ def test_from_nothing_to_the_table_file(call: Call, tmp_path: Path) -> None:
     (tmp_path / "results" / "mine_weights").rename(tmp_path / "runs")
     assert run("--table-only")[0] == 0
     assert (tmp_path / "mine.yaml").read_text() == text, "the records that are kept are enough"
+
+
+def test_a_choice_that_the_search_does_not_ask_for_is_not_dropped(tmp_path: Path) -> None:
+    table = {"rows": {"kd": {}, "at": {"weights": {"attention": 3.0}, "source": "held-out images: the best of 1, 3"}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(table))
+    made = choice(w0_1=50.0, w0_3=52.0, w1=51.0, w3=50.0, w10=49.0)
+    with pytest.raises(OptionError, match=r"do not make the choices of at that stand in mine\.yaml"):
+        check_kept([made], tmp_path / "mine.yaml")
+    check_kept([made], tmp_path / "none.yaml")
+
+
+def test_a_chosen_weight_holds_for_every_pair_of_the_table(tmp_path: Path) -> None:
+    """The published weight of a pair would win over the one that was chosen, under a caption that names the choice."""
+    swept = Swept("reviewkd", "review", (1.0, 5.0))
+    made = Choice(swept, 5.0, {1.0: 50.0, 5.0: 60.0}, {1.0: "a", 5.0: "b"}, {})
+    search = Search("mine", "cifar100", "cpu", "cifar100", "mine", 3, 0, (swept,))
+    (tmp_path / "mine.yaml").write_text(table_file(search, [made], "a command"))
+    row = next(row for row in load_table(str(tmp_path / "mine.yaml")).rows if row.name == "reviewkd")
+    assert {row.describe(Pair.parse(pair))["weights"]["review"] for pair in ("resnet56:resnet20", "vgg13:vgg8")} == {5.0}
+    assert not row.pairs
+    preset = Swept("kd", "kd", (0.7,))
+    (tmp_path / "photos.yaml").write_text(
+        table_file(
+            Search("mine", "folder", "folder", "folder", "mine", 3, 0, (preset,)),
+            [Choice(preset, 0.5, {0.7: 50.0}, {0.7: "c"}, {})],
+            "it",
+        )
+    )
+    row = next(row for row in load_table(str(tmp_path / "photos.yaml")).rows if row.name == "kd")
+    assert row.weights == {"ce": 0.5, "kd": 0.7}, "the other terms of the preset stay"
+
+
+def test_the_committed_choice_is_what_its_records_make(tmp_path: Path) -> None:
+    kept = ROOT / "benchmarks" / "results" / "cifar100_cpu_weights"
+    options = ["--table-only", "--output", str(kept), "--results", str(tmp_path), "--tables", str(tmp_path)]
+    assert main(options, Console(io.StringIO(), io.StringIO())) == 0
+    assert (tmp_path / kept.name / "choice.txt").read_text() == (kept / "choice.txt").read_text()
+    assert (tmp_path / "cifar100_cpu.yaml").read_text() == (TABLES / "cifar100_cpu.yaml").read_text()
 
 
 def test_wrong_input_is_a_sentence(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from distillzoo.bench.rows import load_table
 from distillzoo.bench.training import GroupTask, student_task
 from distillzoo.data import DataSet
 from distillzoo.engine import StepReport
+from distillzoo.types import Phase
 from tests.bench.conftest import Call
 
 
@@ -78,6 +79,11 @@ def test_a_dry_run_reads_every_member_before_it_reads_the_clock(
     monkeypatch.setattr(dryrun, "_wait", lambda trainer: (waited.append(len(trainer.members)), original(trainer))[1])
     dryrun._measure(task_of(tiny, tiny_data))
     assert waited == [2, 2], "in the first step, and before the evaluation; two steps make an epoch here"
+
+
+def test_a_first_phase_of_the_recipes_length_counts_as_that() -> None:
+    assert dryrun._first_epochs((Phase("a", 2), Phase("b"), Phase()), 8) == 10
+    assert dryrun._first_epochs((Phase(),), 8) == 0
 
 
 def test_cells_and_runs_are_counted_as_the_table_counts_them(call: Call, recipe_file: str) -> None:

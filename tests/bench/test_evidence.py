@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,23 @@ def test_parts_run_once_and_are_kept_as_records_and_tables(tmp_path: Path) -> No
     assert {path: path.stat().st_mtime_ns for path in made} == made, "a second call trains nothing"
     assert run(tmp_path / "results" / "mine", "--table-only")[0] == 0
     assert (tmp_path / "results" / "mine" / "evidence.txt").read_text() == text, "the records that are kept are enough"
+
+
+def test_the_committed_evidence_is_what_its_records_make(tmp_path: Path) -> None:
+    kept = ROOT / "benchmarks" / "results" / "kdiffusion"
+    options = ["--table-only", "--output", str(kept), "--results", str(tmp_path)]
+    assert main(options, Console(io.StringIO(), io.StringIO())) == 0
+    assert (tmp_path / "kdiffusion" / "evidence.txt").read_text() == (kept / "evidence.txt").read_text()
+
+
+def test_kept_evidence_is_never_overwritten_by_gaps(tmp_path: Path) -> None:
+    results, empty, err = tmp_path / "results", tmp_path / "runs", io.StringIO()
+    shutil.copytree(ROOT / "benchmarks" / "results" / "kdiffusion", results / "kdiffusion")
+    shutil.copytree(ROOT / "benchmarks" / "results" / "kdiffusion" / "94ffa413acdcaa3b", empty / "94ffa413acdcaa3b")
+    before = (results / "kdiffusion" / "evidence.txt").read_text()
+    assert main(["--table-only", "--output", str(empty), "--results", str(results)], Console(io.StringIO(), err)) == 2
+    assert f"were not found in {str(empty)!r}, so nothing was written" in err.getvalue()
+    assert (results / "kdiffusion" / "evidence.txt").read_text() == before
 
 
 @pytest.mark.parametrize("change", [{"parts": []}, {"name": 3}, {"more": 1}, {"parts": {"a": "--methods nosuch"}}])

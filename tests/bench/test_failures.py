@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,33 @@ def test_a_damaged_teacher_is_made_again(finished: Path, call: Call, recipe_file
     assert outcome.code == 0
     assert "model.safetensors" in outcome.err
     assert weights.read_bytes() == good
+
+
+def test_a_table_without_matplotlib_is_a_table(
+    finished: Path, call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "runs")
+    for path in (tmp_path / "runs").glob("tiny.*"):
+        path.unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = call("--recipe", recipe_file, "--output", str(tmp_path / "runs"), "--table-only")
+    assert outcome.code == 0
+    assert "The plot was not written: Plots need matplotlib" in outcome.err
+    assert sorted(path.name for path in (tmp_path / "runs").glob("tiny.*")) == ["tiny.csv", "tiny.md"]
+
+
+def test_what_the_system_refuses_is_a_sentence(
+    call: Call, recipe_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/some/file")
+
+    monkeypatch.setattr("distillzoo.bench.cli.folder_lock", full)
+    outcome = call("--recipe", recipe_file, "--output", str(tmp_path / "runs"))
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1].startswith(
+        "run_table.py: '/some/file' could not be read or written (No space left on device)"
+    )
 
 
 def test_a_committed_teacher_is_used_and_never_written(finished: Path, call: Call, recipe_file: str, tmp_path: Path) -> None:

@@ -69,6 +69,22 @@ def test_groups_that_are_told_apart_have_a_figure_each(plan: Plan) -> None:
     assert cost_sentence(plan.cells, results) == COST.format("0.5 to 1.5")
 
 
+def test_a_run_that_pairs_share_says_nothing_of_the_others_group(tiny_data: Callable[[Recipe], DataSet]) -> None:
+    recipe = make_recipe({**TINY, "seeds": [0], "pairs": ["tinycnn_32:tinycnn_8", "tinycnn_16:tinycnn_8"]})
+    plan = make_plan(recipe, load_table("digits"), tiny_data)
+    second = [cell for cell in plan.cells if cell.pair.teacher == "tinycnn_16"]
+    results = results_of(plan, group="first", group_size=2)
+    for cell in second:
+        if cell.row.name == "kd":
+            results[cell.run.id]["environment"] = {**WHERE, "group": "second", "group_size": 1, "group_seconds": 60.0}
+    for cell in plan.cells:
+        if cell.row.name == "kd":
+            results[cell.run.id]["teacher"] = {"id": cell.teacher.id}
+    assert "1.0 minutes for a group of 1 row on" in cost_sentence(second, results)
+    alone = [cell for cell in second if cell.row.name == "vanilla"]
+    assert "1.5 minutes for a group of 2 rows on" in cost_sentence(alone, results), "where nothing was taught it is all there is"
+
+
 def test_every_place_of_a_resumed_run_is_named(plan: Plan) -> None:
     calls = [{"threads": 2, "cpu": "A CPU", "gpu": None, "epochs": 1}, {"gpu": "A GPU", "epochs": 2}]
     assert places({**WHERE, "calls": calls}) == ("2 threads of A CPU", "A GPU")
@@ -86,7 +102,8 @@ def test_rows_of_one_seed_that_trained_at_different_places_are_named(plan: Plan)
     assert places_sentence(plan.cells, results) == "", "each seed is paired in itself"
     change(results, plan, "vid", 0, threads=2)
     said = (
-        "Runs of one seed trained on different devices or numbers of threads, which moves figures, so these are not paired: "
+        "Runs of one seed trained on different devices or numbers of threads, which moves figures, so that differences between "
+        "them are not paired: "
         "student alone seed 0, KD seed 0, AT seed 0 on 1 thread of A CPU; VID seed 0 on 2 threads of A CPU."
     )
     assert places_sentence(plan.cells, results) == said

@@ -132,6 +132,54 @@ def test_each_row_of_kdiffusion_is_compared_with_each_of_the_others(made: tuple[
     assert found["kdiffusion", "kdiffusion_average"].text() == "not there yet"
 
 
+def test_rows_of_two_trainings_of_the_teacher_are_not_paired(made: tuple[Plan, Table]) -> None:
+    block = made[1].blocks[0]
+    one = replace(block.lines[0], last={0: 60.0, 1: 61.0}, teachers={0: "a", 1: "a"})
+    two = replace(block.lines[1], last={0: 65.0, 1: 62.0}, teachers={0: "b", 1: "a"})
+    assert Comparison(block, two, one).text() == "+1.00 ± -, n = 1, one seed"
+    other = replace(two, teachers={0: "b", 1: "b"})
+    assert Comparison(block, other, one).text() == "taught by different trainings of the teacher"
+    assert Order(Comparison(block, other, one)).verdict == "taught by different trainings of the teacher"
+    assert replace(other, teachers={}).less(one) == {0: 5.0, 1: 1.0}, (
+        "of rows without a teacher, and of old records, nothing is known"
+    )
+
+
+def test_the_table_pairs_with_the_baseline_of_the_same_teacher_alone(tiny_data: Load) -> None:
+    plan = make_plan(make_recipe({**TINY, "methods": ["vanilla", "kd", "at"], "seeds": [0, 1]}), load_table("digits"), tiny_data)
+    results = {
+        cell.run.id: {
+            "last_accuracy": {"vanilla": 50.0, "kd": 60.0, "at": 70.0}[cell.row.name],
+            **({} if cell.row.name == "vanilla" else {"teacher": {"id": "t", "sha256": f"{cell.row.name == 'at'}{cell.seed}"}}),
+        }
+        for cell in plan.cells
+    }
+    for cell in plan.cells:
+        if (cell.row.name, cell.seed) == ("at", 1):
+            results[cell.run.id]["teacher"] = {"id": "t", "sha256": "False1", "accuracy": 1.0, "name": "t"}
+        elif cell.row.name != "vanilla":
+            results[cell.run.id]["teacher"] |= {"accuracy": 1.0, "name": "t"}  # type: ignore[operator]
+    lines = {line.row.name: line for line in make_table(plan, results, lambda _: None).blocks[0].lines}
+    assert lines["vanilla"].against == {0: -10.0, 1: -10.0}
+    assert lines["at"].against == {1: 10.0}, "seed 0 was taught by another training"
+
+
+def test_what_diverged_is_not_awaited(made: tuple[Plan, Table]) -> None:
+    block = made[1].blocks[0]
+    row = replace(block.lines[0], last={0: 60.0, 1: 61.0}, asked=3, ended={2: "diverged"})
+    other = replace(block.lines[1], last={0: 50.0, 1: 50.0, 2: 50.0}, asked=3)
+    assert Comparison(block, row, other).text().endswith(f", n = 2, {row.row.title}: seed 2 diverged")
+    assert Order(Comparison(block, row, other)).verdict == f"met, {row.row.title}: seed 2 diverged"
+    gone = replace(row, last={}, ended=dict.fromkeys(range(3), "diverged"))
+    assert Comparison(block, gone, other).text() == f"{row.row.title}: seeds 0, 1 and 2 diverged"
+    assert Order(Comparison(block, other, gone)).verdict == f"{row.row.title}: seeds 0, 1 and 2 diverged"
+    assert Comparison(block, replace(gone, ended={}, applies=False), other).text() == f"{row.row.title}: not applicable"
+    far = replace(made[1], blocks=(replace(block, lines=(replace(row, published=(("someone", 90.0),)),)),))
+    assert "(2 seeds; seed 2 diverged, so that the mean of the others flatters), published 90.00" in "".join(
+        page_module()._far(far, {})
+    )
+
+
 def test_a_table_without_these_rows_has_no_comparisons(tiny_data: Load) -> None:
     for table, methods in (("cifar100", ["vanilla", "kd"]), ("digits", ["vanilla", "kd"])):
         recipe = make_recipe({**TINY, "methods": methods, "table": table})

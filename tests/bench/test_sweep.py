@@ -141,7 +141,7 @@ def test_the_caption_says_where_and_how_long_points_trained(tiny_data: Load) -> 
     last = max(plan.cells, key=lambda cell: (cell.row.point, cell.seed))
     results[last.run.id] = {"last_accuracy": 50.0, "environment": {**where, "threads": 2}}
     assert (
-        "these are not paired: KD [kd.temperature=1] seed 1 on 1 thread of A CPU; "
+        "them are not paired: KD [kd.temperature=1] seed 1 on 1 thread of A CPU; "
         "KD [kd.temperature=2] seed 1 on 2 threads of A CPU."
     ) in SweepView(plan, axes, results).caption
 

@@ -62,6 +62,17 @@ class SecondView(Distiller):
         return {"views": (student.features["pooled"] - student.second.features["pooled"]).square().mean()}
 
 
+class Curious(Distiller):
+    """Asks for nothing and takes whatever it is handed."""
+
+    requires = Requires(teacher=False)
+    weight_presets = {"default": {"ce": 1.0, "found": 1.0}}
+
+    def distill_terms(self, student, teacher, batch):
+        found = (teacher is not None) + (batch.second_view is not None) + (student.second is not None)
+        return {"found": student.logits.mean() * float(found)}
+
+
 def make(methods, config=CONFIG, *, seed=0, observer=None, dropout=0.0, samples=30):
     train, evaluation = SmallLoader(samples, config.batch_size, seed=seed), SmallLoader(12, 6, shuffle=False)
     torch.manual_seed(7)
@@ -76,7 +87,13 @@ def make(methods, config=CONFIG, *, seed=0, observer=None, dropout=0.0, samples=
     return Trainer(members, teacher, train, evaluation, config, seed=seed, observer=observer)
 
 
-METHODS = {"vanilla": ("vanilla", {}), "kd": ("kd", {}), "counting": (Counting, {}), "view": (SecondView, {})}
+METHODS = {
+    "vanilla": ("vanilla", {}),
+    "kd": ("kd", {}),
+    "counting": (Counting, {}),
+    "view": (SecondView, {}),
+    "curious": (Curious, {}),
+}
 
 
 def weights_of(trainer, name):
@@ -318,6 +335,15 @@ class Long(TwoPhase):
 def test_phases_that_cannot_be_are_refused_before_the_first_epoch(method, words):
     with pytest.raises(OptionError, match=words):
         make({"bad": (method, {}), "good": ("kd", {})})
+
+
+def test_evaluation_puts_every_part_back_into_its_own_mode():
+    trainer = make({"kd": ("kd", {})})
+    network = SmallNet(3).train()
+    network.bn1.eval()  # as norms that a user froze
+    before = [(name, part.training) for name, part in network.named_modules()]
+    evaluate(network, trainer.evaluation, CONFIG, torch.device("cpu"))
+    assert [(name, part.training) for name, part in network.named_modules()] == before
 
 
 def test_teacher_is_untouched():
