@@ -16,9 +16,11 @@ from distillzoo.adapters.connectors import full_precision
 from distillzoo.adapters.dual_network import duals, perturb, plain_network, replaced
 from distillzoo.adapters.expansion import Mode
 from distillzoo.adapters.orepa import BranchStart, start_for
+from distillzoo.adapters.plain import check_plain
 from distillzoo.adapters.trials import exact_copies, scrambled
+from distillzoo.dataflow.experiments import first_tensor
 from distillzoo.distiller import Distiller
-from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError
+from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError, failure_of
 from distillzoo.kinds import check_choice, is_number, is_whole
 from distillzoo.options import check_options, option_defaults
 from distillzoo.registry import DISTILLERS, register_distiller
@@ -113,7 +115,7 @@ class GPD(Distiller):
         seed: Seed of the distiller.
     Raises:
         OptionError: If an option is out of range.
-        UnsupportedPairError: If the student cannot be widened, or the static loss restructures it.
+        UnsupportedPairError: If the student cannot be widened, or checkpoints activations, or the static loss restructures it.
     Example:
         >>> from distillzoo import build_distiller, create_model
         >>> student, teacher = (create_model(name, num_classes=10) for name in ("resnet8", "resnet20"))
@@ -170,6 +172,7 @@ class GPD(Distiller):
     def _widen(self, mode: Mode, ratio: int, branch_start: BranchStart | None, noise: float, *, shared: bool) -> None:
         """Give the student's layers their second width, after trying it on a copy of which every norm and bias counts."""
         net = self.student_net
+        check_plain(net.module)
         found = dataflow.inner_widths(dataflow.Flow(net.module, net.data))
         widths = {path: (width.shape, width.inputs, width.outputs) for path, width in found.items()}
         problem = ""
@@ -179,6 +182,10 @@ class GPD(Distiller):
             try:
                 with probe.evaluating():
                     gap = _gap(trial, probe.images, mode)
+                if gap <= _TOLERANCE:
+                    _check_backward(probe, mode, ratio)
+            except UnsupportedPairError:
+                raise
             except Exception as error:
                 problem = f"it stops with {type(error).__name__}: {' '.join(str(error).split())[:120]}"
                 continue
@@ -286,7 +293,7 @@ class GPDReduced(GPD):
         seed: Seed of the distiller.
     Raises:
         OptionError: If an option is out of range.
-        UnsupportedPairError: If the student cannot be widened, or the static loss restructures it.
+        UnsupportedPairError: If the student cannot be widened, or checkpoints activations, or the static loss restructures it.
     Example:
         >>> from distillzoo import build_distiller, create_model
         >>> distiller = build_distiller("gpd_reduced", create_model("resnet8", num_classes=10), input_size=32)  # no teacher
@@ -326,6 +333,23 @@ def _gap(network: nn.Module, images: Tensor, mode: Mode) -> float:
     with mode:
         wide = network(images)
     return float((wide - narrow).abs().max() / narrow.abs().max()) if wide.shape == narrow.shape else math.inf
+
+
+def _check_backward(probe: Probe, mode: Mode, ratio: int) -> None:
+    """Refuse a network that runs its layers again in the backward pass: that comes when they are narrow again."""
+    with probe.training(), torch.enable_grad():
+        with mode:
+            logits = first_tensor(probe.module(probe.images))
+        if logits is None or not logits.requires_grad:
+            return
+        try:
+            logits.sum().backward()
+        except Exception as error:  # of whatever shapes then meet
+            raise UnsupportedPairError(
+                f"{type(probe.module).__name__} cannot be trained {ratio} times as wide: the backward pass stops with "
+                f"{failure_of(error)}. Two widths do not bear activations that are computed again there (checkpointing): switch it "
+                "off, as by set_grad_checkpointing(False), or use kd instead."
+            ) from error
 
 
 def _static_method(static: str | None, options: Mapping[str, Any] | None, teacher: Teacher | None) -> type[Distiller] | None:

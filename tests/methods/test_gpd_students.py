@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from distillzoo import DataSpec, build_distiller, create_model
 from distillzoo.engine import TrainConfig, Trainer, evaluate
@@ -168,6 +169,32 @@ def test_an_error_that_a_fresh_gain_or_weight_hides_is_found(gain):
 
 
 # ------------------------------------------------------------------------------------------------------- after training
+
+
+class Checkpointed(TinyNet):
+    """Computes the inside of its groups again in the backward pass."""
+
+    reentrant = False
+
+    def forward(self, images):
+        x = self.stem(images)
+        for group in self.groups:
+            x = checkpoint(group, x, use_reentrant=self.reentrant) if self.training else group(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_student_that_computes_activations_again_is_refused_and_left_as_it_was(reentrant):
+    student = Checkpointed()
+    student.reentrant = reentrant
+    given, draws = copy.deepcopy(student.state_dict()), torch.get_rng_state()
+    with pytest.raises(UnsupportedPairError, match=r"cannot be trained 2 times as wide: the backward pass .*checkpointing"):
+        build(student, "gpd_reduced")
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert type(student.groups[0][0].conv) is nn.Conv2d
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, given[name])
+    assert all(parameter.grad is None for parameter in student.parameters())
 
 
 def check_trained(student, method="gpd", size=16):
