@@ -61,7 +61,8 @@ def save_student(student: nn.Module, folder: str | os.PathLike[str], info: Stude
     """Write ``model.safetensors`` and ``config.json``.
 
     A timm network is loaded back by ``timm.create_model(NAME, num_classes=N, checkpoint_path=FOLDER/model.safetensors)`` or
-    ``timm.create_model("local-dir:FOLDER")``; any by ``distillzoo.create_model(NAME, num_classes=N, checkpoint_path=...)``.
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` (without ``pretrained`` timm gives it random weights); any by
+    ``distillzoo.create_model(NAME, num_classes=N, checkpoint_path=...)``.
 
     Args:
         student: The plain student.

@@ -122,6 +122,7 @@ class Reproduction(Directive):
 
     def run(self) -> list[nodes.Node]:
         """Return their nodes."""
+        self.state.document.settings.env.note_reread()  # records change, and with them the page, without a change of its source
         holder = nodes.container()
         self.state.nested_parse(StringList(page(self.arguments[0]), source="reproduction"), self.content_offset, holder)
         return list(holder.children)

@@ -6,9 +6,10 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from docutils.statemachine import StringList
 
 from distillzoo.bench.plan import Plan, make_plan
 from distillzoo.bench.recipe import Pair, Recipe, find_recipe, load_recipe, make_recipe
@@ -238,6 +239,21 @@ def page_module() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_page_is_read_again_at_every_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its source stays as it is when records come."""
+    module = page_module()
+    asked: list[str] = []
+    parsed: list[str] = []
+    monkeypatch.setattr(module, "page", lambda name: [name])
+    env = SimpleNamespace(note_reread=lambda: asked.append("again"))
+    state = SimpleNamespace(
+        document=SimpleNamespace(settings=SimpleNamespace(env=env)), nested_parse=lambda lines, *_: parsed.extend(lines)
+    )
+    machine = SimpleNamespace(reporter=None)
+    module.Reproduction("reproduction", ["digits"], {}, StringList(), 1, 0, "", state, machine).run()
+    assert (asked, parsed) == (["again"], ["digits"])
 
 
 def test_the_page(made: tuple[Plan, Table], tmp_path: Path) -> None:
