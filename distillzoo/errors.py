@@ -1,7 +1,8 @@
 """The errors of the project: one sentence that says what is wrong, what came, what is allowed and what to do.
 
-Every error is a child of :class:`DistillZooError` and of the builtin that a caller would expect, so that both
-``except DistillZooError`` and ``except ValueError`` work. The command line turns any of them into one line and exit code 2.
+Every error is a child of :class:`DistillZooError` and of the builtin that a caller would expect: an unknown name of ``KeyError``, a
+missing package of ``ImportError``, all others here of ``ValueError``. The command line turns any of them into one line and exit
+code 2.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -71,6 +72,20 @@ def test_python_of_a_page_runs(page, monkeypatch):
     for line, block in code_blocks(page.read_text(encoding="utf-8")):
         padded = "\n" * (line - 1) + block  # so that a traceback has the page's line
         exec(compile(padded, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_method_of_a_page_has_a_student_of_its_own(page):
+    """build_distiller takes its student over: what one method did to it the next would train and export."""
+    taken: set[str] = set()
+    for line, block in code_blocks(page.read_text(encoding="utf-8")):
+        for statement in ast.parse(block).body:
+            parts = list(ast.walk(statement))
+            calls = [part for part in parts if isinstance(part, ast.Call) and ast.unparse(part.func) == "build_distiller"]
+            students = {call.args[1].id for call in calls if len(call.args) > 1 and isinstance(call.args[1], ast.Name)}
+            assert not taken & students, f"the block at line {line} gives a second method the student of a first"
+            taken |= students
+            taken -= {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
 
 
 def test_the_contract_names_all_that_a_distiller_has():

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
 from distillzoo import errors
 from distillzoo.errors import DistillZooError, UnknownNameError, near_matches, unknown_name
+from distillzoo.testing import ContractError
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,13 @@ def test_every_error_is_also_the_builtin_a_caller_expects(name, builtin):
     assert issubclass(kind, builtin)
     assert str(kind("a sentence with 'quotes'")) == "a sentence with 'quotes'"
     assert str(pickle.loads(pickle.dumps(kind("sent by a worker")))) == "sent by a worker"
+
+
+def test_the_guide_names_every_error_and_its_builtin():
+    guide = Path(__file__).resolve().parents[1] / "docs" / "guide" / "errors.rst"
+    rows = dict(re.findall(r"^   \* - ``(\w+)``\n     - ``(\w+)``$", guide.read_text(encoding="utf-8"), re.MULTILINE))
+    kinds = [*(getattr(errors, name) for name in errors.__all__ if name.endswith("Error")), ContractError]
+    assert rows == {kind.__name__: kind.__bases__[1].__name__ for kind in kinds if kind is not DistillZooError}
 
 
 def test_an_unknown_name_is_a_sentence_and_not_the_repr_of_one():
