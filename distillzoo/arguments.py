@@ -132,9 +132,12 @@ def _check_network(role: str, network: nn.Module) -> None:
     compiled = isinstance(network._modules.get("_orig_mod"), nn.Module)  # asking torch for the class would take seconds
     if compiled or isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
         inside, instead = ("_orig_mod", "compile") if compiled else ("module", "wrap")
+        instead += " the distiller that is built on it"
+        if isinstance(network, nn.DataParallel):  # whose copies would go on with the student and the teacher of the first device
+            instead = "wrap the distiller in torch.nn.parallel.DistributedDataParallel"
         raise OptionError(
             f"The {role} is a network inside {type(network).__name__}, where its layers have other paths; pass the network itself "
-            f"(.{inside}), and {instead} the distiller that is built on it."
+            f"(.{inside}), and {instead}."
         )
     if any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
         raise OptionError(

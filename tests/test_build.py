@@ -222,7 +222,10 @@ def test_networks_that_cannot_be_read_are_refused(role):
     ("wrap", "words"),
     [
         (torch.compile, r"inside OptimizedModule.*\(\._orig_mod\), and compile the distiller"),
-        (nn.DataParallel, r"inside DataParallel.*\(\.module\), and wrap the distiller"),
+        (
+            nn.DataParallel,
+            r"inside DataParallel.*\(\.module\), and wrap the distiller in torch\.nn\.parallel\.DistributedDataParallel\.$",
+        ),
     ],
 )
 def test_networks_inside_a_wrapper_are_refused(role, wrap, words):

@@ -343,7 +343,7 @@ def _check_backward(probe: Probe, mode: Mode, ratio: int) -> None:
         if logits is None or not logits.requires_grad:
             return
         try:
-            logits.sum().backward()
+            torch.autograd.backward(logits.sum())
         except Exception as error:  # of whatever shapes then meet
             raise UnsupportedPairError(
                 f"{type(probe.module).__name__} cannot be trained {ratio} times as wide: the backward pass stops with "
