@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from distillzoo.errors import OptionError, ShapeError, TapError
 from distillzoo.taps import Teacher
 from distillzoo.types import Batch, DataSpec, Requires, Trace
 
-__all__ = ["check_batch", "check_trace"]
+__all__ = ["check_batch", "checked_trace"]
 
 
 def check_batch(batch: Batch, data: DataSpec, requires: Requires, name: str) -> None:
@@ -47,8 +49,10 @@ def check_batch(batch: Batch, data: DataSpec, requires: Requires, name: str) -> 
         raise OptionError(f"{name} needs second_view=: another augmentation of the same images.")
 
 
-def check_trace(trace: Trace | None, teacher: Teacher, requires: Requires, name: str) -> None:
-    """Refuse a teacher's trace that lacks what a distiller reads.
+def checked_trace(trace: Trace | None, teacher: Teacher, requires: Requires, name: str) -> Trace:
+    """Return of a teacher's trace what a distiller asked for, and refuse one that lacks some of it.
+
+    In a group the trace holds what others asked for as well, which a method must not come to depend on, nor pay for.
 
     Args:
         trace: The trace of the batch.
@@ -63,9 +67,16 @@ def check_trace(trace: Trace | None, teacher: Teacher, requires: Requires, name:
         raise OptionError(f"{name} got no teacher trace and has no teacher to make one.")
     if requires.second_view and trace.second is None:
         raise OptionError(f"{name} needs the teacher's trace of the second view too: Trace.second is None.")
-    missing = [tap for tap in teacher.names(*requires.teacher_taps) if tap not in trace.features]
+    taps = teacher.names(*requires.teacher_taps)
+    second = _only(trace.second, taps) if requires.second_view and trace.second is not None else None
+    return replace(_only(trace, taps), second=second)
+
+
+def _only(trace: Trace, taps: Sequence[str]) -> Trace:
+    missing = [tap for tap in taps if tap not in trace.features]
     if missing:
         raise TapError(f"The teacher's trace lacks {', '.join(missing)}; request them: teacher.request({missing[0]!r}, ...).")
+    return Trace(trace.logits, {tap: trace.features[tap] for tap in taps})
 
 
 def _check_probabilities(targets: Tensor, num_classes: int) -> None:

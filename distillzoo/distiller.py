@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillzoo.casting import OwnTensors, full_precision_trace
-from distillzoo.checking import check_batch, check_trace
+from distillzoo.checking import check_batch, checked_trace
 from distillzoo.errors import OptionError, UnsupportedPairError, unknown_name
 from distillzoo.schedules import Schedule, Weight
 from distillzoo.streams import Stream, draw_seed
@@ -179,7 +179,7 @@ class Distiller(nn.Module, ABC):
         if teacher is None and self.teacher_net is not None and self.requires.teacher:
             teacher = self.teacher_net.trace(batch)
         if self.requires.teacher and self.teacher_net is not None:
-            check_trace(teacher, self.teacher_net, self.requires, type(self).__name__)
+            teacher = checked_trace(teacher, self.teacher_net, self.requires, type(self).__name__)
         with torch.autocast(images.device.type, enabled=False):
             student, teacher = full_precision_trace(student), None if teacher is None else full_precision_trace(teacher)
             terms = {"ce": F.cross_entropy(student.logits, batch.targets)}

@@ -225,6 +225,22 @@ def test_a_given_trace_is_used_and_must_hold_the_taps():
         distiller(IMAGES, TARGETS, teacher=Trace(trace.logits, {}))
 
 
+def test_a_method_sees_of_a_given_trace_what_it_asked_for():
+    """A trace that serves a group holds more, which a method alone would lack."""
+    seen = []
+
+    class Watching(Hint):
+        def distill_terms(self, student, teacher, batch):
+            seen.append((set(teacher.features), teacher.second))
+            return super().distill_terms(student, teacher, batch)
+
+    distiller = build(Watching)
+    whole = distiller.teacher_net.trace(Batch(IMAGES, TARGETS))
+    more = Trace(whole.logits, {**whole.features, "stage1": torch.zeros(4, 2, 8, 8)}, whole)
+    assert torch.equal(distiller(IMAGES, TARGETS, teacher=more).loss, distiller(IMAGES, TARGETS).loss)
+    assert seen == [({"pooled"}, None)] * 2
+
+
 def test_a_method_that_needs_a_teacher_says_so():
     with pytest.raises(UnsupportedPairError, match="Hint needs a teacher and got none"):
         build_distiller(Hint, TinyNet(), data=tiny_data())

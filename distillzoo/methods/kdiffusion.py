@@ -251,7 +251,7 @@ class KDiffusion(Distiller):
             z = torch.stack(bridge([pool_larger(branch, target)[0] for branch in branches]))
             orders, noises = self._draws[layer.stage]
             order = torch.arange(self.branches, device=z.device)  # which step a branch serves
-            if self.shuffle:
+            if self.shuffle and self.branches > 1:
                 order = orders.permutation(self.step, self.branches, z.device)
             noise = draw_noise(self.noise, z, bridge.scale(), noises, self.step)
             chain = torch.cat([self.chain[:, : self.branches].index_select(1, order), self.chain[:, self.branches :]], 1)
