@@ -42,11 +42,11 @@ def _choose(given: argparse.Namespace, console: Console) -> int:
     choices, code = choose(search, series_options(given), [_HERE / "teachers"], console)
     text, written = table_text(search, choices), given.tables / f"{search.table}.yaml"
     console.say(f"\n{text}\n")
-    check_kept(choices, written)
+    table = table_file(search, choices, "python benchmarks/choose_weights.py --data-root DIR")
+    check_kept(table, written)
     place = given.results / f"{search.table}_weights"
     count = keep_records(choices, given.output, place)
     write_text(place / "choice.txt", f"{text}\n")
-    table = table_file(search, choices, "python benchmarks/choose_weights.py --data-root DIR")
     write_text(written, table)
     console.say(f"Written: {count} records and choice.txt in {place}, and {written}.")
     return code

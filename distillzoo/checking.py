@@ -13,7 +13,7 @@ from distillzoo.errors import OptionError, ShapeError, TapError
 from distillzoo.taps import Teacher
 from distillzoo.types import Batch, DataSpec, Requires, Trace
 
-__all__ = ["check_batch", "checked_trace"]
+__all__ = ["check_batch", "check_device", "checked_trace"]
 
 
 def check_batch(batch: Batch, data: DataSpec, requires: Requires, name: str) -> None:
@@ -47,6 +47,23 @@ def check_batch(batch: Batch, data: DataSpec, requires: Requires, name: str) -> 
         _check_positions(name, batch.index, len(images))
     if requires.second_view and batch.second_view is None:
         raise OptionError(f"{name} needs second_view=: another augmentation of the same images.")
+
+
+def check_device(teacher: Teacher, images: Tensor) -> None:
+    """Refuse images on another device than the teacher's; torch's own error names neither network.
+
+    Args:
+        teacher: The teacher; one that is spread over several devices is left to torch.
+        images: The images.
+    Raises:
+        OptionError: If the devices differ.
+    """
+    like = next(teacher.module.parameters(), None)
+    if like is not None and like.device != images.device and len({each.device for each in teacher.module.parameters()}) == 1:
+        raise OptionError(
+            f"The images lie on {images.device} and the teacher on {like.device}; move it: a distiller takes its teacher along, "
+            "distiller.to(device)."
+        )
 
 
 def checked_trace(trace: Trace | None, teacher: Teacher, requires: Requires, name: str) -> Trace:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillzoo.casting import OwnTensors, full_precision_trace
-from distillzoo.checking import check_batch, checked_trace
+from distillzoo.checking import check_batch, check_device, checked_trace
+from distillzoo.copying import detached_copy
 from distillzoo.errors import OptionError, UnsupportedPairError, unknown_name
 from distillzoo.schedules import Schedule, Weight
 from distillzoo.streams import Stream, draw_seed
@@ -140,7 +141,7 @@ class Distiller(nn.Module, ABC):
 
     def export_student(self) -> nn.Module:
         """Return a copy of the plain student, without hooks; training can go on."""
-        return remove_hooks(copy.deepcopy(self.student_net.module))
+        return remove_hooks(detached_copy(self.student_net.module))
 
     # ------------------------------------------------------------------ final
 
@@ -164,7 +165,7 @@ class Distiller(nn.Module, ABC):
             teacher: The teacher's trace of the same batch, for methods that require one; without it the distiller runs its own
                 teacher.
         Raises:
-            OptionError: If something that the method requires is missing.
+            OptionError: If something that the method requires is missing, or the teacher lies on another device.
             ShapeError: If images, targets and index do not fit.
             TapError: If the given trace lacks a tap.
         """
@@ -177,6 +178,7 @@ class Distiller(nn.Module, ABC):
         if second_view is not None:
             student = Trace(student.logits, student.features, self.student_net(second_view))
         if teacher is None and self.teacher_net is not None and self.requires.teacher:
+            check_device(self.teacher_net, images)
             teacher = self.teacher_net.trace(batch)
         if self.requires.teacher and self.teacher_net is not None:
             teacher = checked_trace(teacher, self.teacher_net, self.requires, type(self).__name__)

@@ -60,8 +60,13 @@ def _before(plan: Plan, parts: tuple[str, ...]) -> str:
         return ""
     name = parts[1]
     row = next((row for row in plan.table.rows if row.name == name), Row(name, name, name))
-    was = _find(row.describe(Pair("", "")), (parts[0], *parts[2:]))
-    return "" if was is _ABSENT else f"table: {_shown(was)}"
+    pairs = dict.fromkeys(str(cell.pair) for cell in plan.cells)
+    found = {pair: _find(row.describe(Pair.parse(pair)), (parts[0], *parts[2:])) for pair in pairs}
+    was = {pair: _shown(value) for pair, value in found.items() if value is not _ABSENT}
+    values = dict.fromkeys(was.values())
+    if len(values) < 2:
+        return f"table: {next(iter(values))}" if values else ""
+    return f"table: {', '.join(f'{value} for {pair}' for pair, value in was.items())}"
 
 
 def _find(values: Any, parts: Sequence[str]) -> Any:

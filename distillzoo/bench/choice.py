@@ -20,7 +20,7 @@ from distillzoo.bench.recipe import Pair
 from distillzoo.bench.render import as_text
 from distillzoo.bench.rows import TABLES, load_table
 from distillzoo.bench.series import copy_records
-from distillzoo.bench.yamls import dump_yaml, read_yaml
+from distillzoo.bench.yamls import dump_yaml, load_yaml, read_yaml
 from distillzoo.data import DataSet
 from distillzoo.errors import OptionError
 
@@ -279,25 +279,29 @@ def table_file(search: Search, choices: Sequence[Choice], command: str) -> str:
     return f"# Written from records, never by hand: {command}\n{dump_yaml({**table, 'rows': rows})}"
 
 
-def check_kept(choices: Sequence[Choice], path: Path) -> None:
+def check_kept(table: str, path: Path) -> None:
     """Refuse to write a table file in which a row would lose the weight that was chosen for it.
 
     Args:
-        choices: What came out.
+        table: What would be written, as :func:`table_file` makes it.
         path: The table file, which need not exist.
     Raises:
         OptionError: If there are choices in it that the records no longer make, or that the search does not ask for.
     """
-    rows = (read_yaml(path)["rows"] if path.is_file() else None) or {}
-    chosen = [name for name, fields in rows.items() if str((fields or {}).get("source", "")).startswith(f"{HELD_OUT}:")]
-    made = {choice.swept.row for choice in choices if choice.chosen is not None}
-    lost = [name for name in chosen if name not in made]
+    made = _chosen_rows(load_yaml(table, "the new table"))
+    lost = [name for name in (_chosen_rows(read_yaml(path)) if path.is_file() else ()) if name not in made]
     if lost:
         raise OptionError(
             f"The records that were found do not make the choices of {', '.join(lost)} that stand in {path.name}, so nothing was "
             "written; name their folder with --output, run without --table-only, list these rows in the search, or delete that "
             "file first."
         )
+
+
+def _chosen_rows(table: Mapping[str, Any]) -> list[str]:
+    """Return the rows of a table file whose weights were chosen."""
+    rows: Mapping[str, Any] = table.get("rows") or {}
+    return [name for name, fields in rows.items() if str((fields or {}).get("source", "")).startswith(f"{HELD_OUT}:")]
 
 
 def keep_records(choices: Sequence[Choice], source: Path, target: Path) -> int:

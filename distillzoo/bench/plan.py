@@ -204,9 +204,9 @@ def _check_told_apart(cells: Sequence[Cell]) -> None:
 
     Only the row that reads no teacher may stand level where the teacher's training is swept.
     """
-    seen: dict[tuple[Pair, str], Cell] = {}
+    seen: dict[tuple[Pair, str, str], Cell] = {}
     for cell in cells:
-        other = seen.setdefault((cell.pair, cell.run.id), cell)
+        other = seen.setdefault((cell.pair, cell.row.name, cell.run.id), cell)
         one, two = dict(other.row.point), dict(cell.row.point)
         swept = [path for path in one | two if one.get(path) != two.get(path)]
         if swept and not (cell.run.teacher is None and all(path.startswith("teacher") for path in swept)):

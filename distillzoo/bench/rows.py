@@ -57,7 +57,7 @@ class Row:
     def settings(self, pair: Pair) -> tuple[dict[str, Any], Mapping[str, Any] | str | None]:
         """Return options and weights for a pair, as ``build_distiller`` takes them."""
         special = self.pairs.get(str(pair), {})
-        options = merge(self.options, special.get("options", {}))
+        options = merge(self.options, special.get("options") or {})
         self._check_options(options)
         return options, self._merged(self.weights, special.get("weights"))
 
@@ -71,7 +71,7 @@ class Row:
         pairs = {
             pair: {
                 **special,
-                "options": merge(special.get("options", {}), options),
+                "options": merge(special.get("options") or {}, options),
                 "weights": None if special.get("weights") is None else self._merged(special["weights"], weights),
             }
             for pair, special in self.pairs.items()
@@ -79,10 +79,11 @@ class Row:
         return replace(self, options=merge(self.options, options), weights=self._merged(self.weights, weights), pairs=pairs)
 
     def _merged(self, base: Mapping[str, Any] | str | None, over: object) -> Mapping[str, Any] | str | None:
-        """Merge weights; of a preset that terms go over, the other terms stay."""
+        """Merge weights; of a preset that terms go over, the other terms stay as far as they are not the method's own default."""
         if isinstance(base, str) and isinstance(over, Mapping):
             self._check_options(self.options)
-            base = describe_distiller(self.method, weights=base, **self.options)["weights"]
+            usual, preset = (describe_distiller(self.method, weights=name, **self.options)["weights"] for name in (None, base))
+            base = {term: weight for term, weight in preset.items() if weight != usual.get(term)}
         return merge_weights(base, over)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
@@ -196,9 +197,11 @@ def _make_row(key: str, value: Any, where: str) -> Row:
     for place, given in places.items():
         if not _fits(given):
             raise OptionError(f"{place} of row {key!r} of {where} must be a mapping of names to values; got {given!r}.")
-    for pair, special in (value.get("pairs") or {}).items():
-        Pair.parse(str(pair))
-        _check_fields(special or {}, ("options", "weights"), f"pairs, {pair} of row {key!r} of {where}")
+    pairs = {str(Pair.parse(str(pair))): special or {} for pair, special in (value.get("pairs") or {}).items()}
+    for pair, special in pairs.items():
+        _check_fields(special, ("options", "weights"), f"pairs, {pair} of row {key!r} of {where}")
+        if not _fits(special.get("options")):
+            raise OptionError(f"options of {pair} of row {key!r} of {where} must be a mapping; got {special['options']!r}.")
     extra = value.get("extra", False)
     if not isinstance(extra, bool):
         raise OptionError(f"extra of row {key!r} of {where} must be true or false; got {extra!r}; correct it.")
@@ -208,7 +211,7 @@ def _make_row(key: str, value: Any, where: str) -> Row:
         method=str(value.get("method", key)),
         options=value.get("options") or {},
         weights=value.get("weights"),
-        pairs=value.get("pairs") or {},
+        pairs=pairs,
         source=str(value.get("source", "")),
         extra=extra,
     )

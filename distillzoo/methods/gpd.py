@@ -172,7 +172,7 @@ class GPD(Distiller):
     def _widen(self, mode: Mode, ratio: int, branch_start: BranchStart | None, noise: float, *, shared: bool) -> None:
         """Give the student's layers their second width, after trying it on a copy of which every norm and bias counts."""
         net = self.student_net
-        check_plain(net.module)
+        check_plain(net.module, net.restructured)
         found = dataflow.inner_widths(dataflow.Flow(net.module, net.data))
         widths = {path: (width.shape, width.inputs, width.outputs) for path, width in found.items()}
         problem = ""

@@ -194,7 +194,7 @@ class KDiffusion(Distiller):
     def _restructure(self, pairs: Mapping[str, str], frozen: dataflow.Flow) -> tuple[_Layer, ...]:
         """Put the branches into the student, and find where they and the teacher are read."""
         net = self.student_net
-        check_plain(net.module)
+        check_plain(net.module, net.restructured)
         flow = dataflow.Flow(net.module, net.data)
         sites = dataflow.linear_sites(net, flow, pairs)
         self._sites = dict(sites.values())

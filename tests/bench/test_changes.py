@@ -62,6 +62,19 @@ def test_an_option_that_the_recipe_sets_has_the_value_of_the_recipe_before(tmp_p
     assert found == ["kd.temperature 2 (recipe: 3)"]
 
 
+def test_what_the_table_has_for_a_pair_is_what_was_before() -> None:
+    """The general value, set by hand, changes the pair for which the table has another."""
+    usual = "{kind: linear_warmup, value: 5.0, epochs: 20}"
+    given = ["--dataset", "cifar100", "--methods", "kd,reviewkd", "--reviewkd.weights.review", usual]
+    shown = "{kind: linear_warmup, value: 5, epochs: 20}"
+    special = shown.replace("5", "0.6")
+    assert changes(planned(*given, "--pairs", "vgg13:vgg8")) == []
+    assert changes(planned(*given, "--pairs", "resnet56:resnet20")) == [f"reviewkd.weights.review {shown} (table: {special})"]
+    assert changes(planned(*given, "--pairs", "vgg13:vgg8,resnet56:resnet20")) == [
+        f"reviewkd.weights.review {shown} (table: {shown} for vgg13:vgg8, {special} for resnet56:resnet20)"
+    ]
+
+
 def test_a_method_that_is_no_row_has_its_own_defaults_before() -> None:
     arguments = ("--dataset", "cifar100", "--recipe", "cpu", "--methods", "dkd,vid+kd", "--dkd.temperature", "2")
     assert changes(planned(*arguments, "--vid+kd.kd.temperature", "1")) == [

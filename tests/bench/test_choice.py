@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,9 +173,13 @@ def test_a_choice_that_the_search_does_not_ask_for_is_not_dropped(tmp_path: Path
     table = {"rows": {"kd": {}, "at": {"weights": {"attention": 3.0}, "source": "held-out images: the best of 1, 3"}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(table))
     made = choice(w0_1=50.0, w0_3=52.0, w1=51.0, w3=50.0, w10=49.0)
+    search = Search("mine", "cifar100", "cpu", "cifar100", "mine", 3, 0, (made.swept,))
+    text = table_file(search, [made], "a command")
     with pytest.raises(OptionError, match=r"do not make the choices of at that stand in mine\.yaml"):
-        check_kept([made], tmp_path / "mine.yaml")
-    check_kept([made], tmp_path / "none.yaml")
+        check_kept(text, tmp_path / "mine.yaml")
+    check_kept(text, tmp_path / "none.yaml")
+    later = table_file(replace(search, base="cifar100_cpu"), [made], "a command")
+    check_kept(later, tmp_path / "mine.yaml")  # what was chosen before comes along with the base
 
 
 def test_a_chosen_weight_holds_for_every_pair_of_the_table(tmp_path: Path) -> None:

@@ -75,16 +75,24 @@ def test_the_command_line_is_stronger_than_the_table_and_says_so(tiny_data: Load
     assert any(text.startswith("reviewkd.weights.review 3 ") for text in changes(plan))
 
 
-def test_a_sweep_of_what_decides_nothing_is_refused(tiny_data: Load) -> None:
-    def plan(*options: str) -> int:
+def test_a_sweep_of_what_decides_nothing_is_refused(tiny_data: Load, tmp_path: Path) -> None:
+    (tmp_path / "teacher.pt").write_bytes(b"weights")
+
+    def plan(*options: str, checkpoint: Path | None = None) -> int:
         parsed = parse_options(["--dataset", "cifar100", "--seeds", "0", "--pairs", "resnet56:resnet20", *options])
         assert parsed.recipe is not None
         table, data = load_table("cifar100"), tiny_data(make_recipe(TINY))
         points = sweep_points(parsed.axes, table, parsed.recipe)
-        return len(make_plan(parsed.recipe, table, lambda _: data, points=points).runs)
+        return len(make_plan(parsed.recipe, table, lambda _: data, points=points, teacher_checkpoint=checkpoint).runs)
 
     assert plan("--methods", "reviewkd", "--sweep", "reviewkd.weights.review=1,5,8") == 3
     assert plan("--methods", "vanilla,kd", "--sweep", "teacher.lr=0.1,0.2") == 3, "the student alone is a level line"
+    layers = ["--methods", "kdiffusion,kdiffusion_multi", "--sweep", "kdiffusion.layers=last,all"]
+    assert plan(*layers) == 2, "another row may be one of the points: it stands beside them as a reference"
+    with pytest.raises(
+        OptionError, match=r"teacher\.lr=0\.1 and teacher\.lr=0\.2 make one and the same run of KD on resnet56:resnet20"
+    ):
+        plan("--methods", "vanilla,kd", "--sweep", "teacher.lr=0.1,0.2", checkpoint=tmp_path / "teacher.pt")
 
 
 def test_points_that_make_one_run_are_named(tiny_data: Load) -> None:
@@ -101,12 +109,28 @@ def test_points_that_make_one_run_are_named(tiny_data: Load) -> None:
         ({"resnet56:resnet20": {"weight": {"kd": 1.0}}}, "Did you mean 'weights'"),
         ({"resnet56": {"weights": {"kd": 1.0}}}, "written teacher:student"),
         ({"resnet56:resnet20": 3}, "must be a mapping"),
+        ({"resnet56:resnet20": {"options": 3}}, "must be a mapping; got 3"),
     ],
 )
 def test_settings_of_pairs_are_checked(pairs: object, words: str, tmp_path: Path) -> None:
     (tmp_path / "table.yaml").write_text(yaml.safe_dump({"rows": {"kd": {"pairs": pairs}}}))
     with pytest.raises(OptionError, match=words):
         load_table(str(tmp_path / "table.yaml"))
+
+
+def test_an_empty_entry_of_a_pair_says_nothing_and_spaces_are_no_part_of_a_name(tmp_path: Path) -> None:
+    pairs = {"vgg13:vgg8": None, "resnet56 : resnet20": {"options": None, "weights": {"kd": 3.0}}}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump({"rows": {"kd": {"pairs": pairs}}}))
+    (row,) = load_table(str(tmp_path / "table.yaml")).rows
+    made = row.override({"temperature": 2.0})
+    assert settings(made, PAIR) == (2.0, {"ce": 0.1, "kd": 3.0})
+    assert settings(made, OTHER) == (2.0, {"ce": 0.1, "kd": 0.9})
+
+
+def test_a_term_over_a_preset_brings_in_no_term_that_the_method_does_not_have() -> None:
+    """A preset names every term that a method may have; without a guide there is none of its weight."""
+    row = Row("kdiffusion", "KDiffusion", "kdiffusion", weights="default")
+    assert row.override({}, {"progressive": 3.0}).settings(PAIR)[1] == {"progressive": 3.0}
 
 
 def test_reserved_names_are_no_options() -> None:
