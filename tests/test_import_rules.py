@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("distillzoo", "benchmarks", "examples")
 
-FOUNDATION = frozenset({"types", "errors", "kinds", "streams", "schedules", "registry"})
+FOUNDATION = frozenset({"types", "errors", "kinds", "copying", "streams", "schedules", "registry"})
 NETWORK = frozenset({"dataflow", "stages", "taps"})  # how a network is read: what the design calls taps
 DISTILLER = frozenset({"distiller", "weighting", "casting", "checking", "options"})  # the base class and what belongs to it
 ALLOWED: dict[str, frozenset[str]] = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
 from torch import nn
+
+from distillzoo.copying import detached_copy
 
 __all__ = ["exact_copies", "scrambled"]
 
@@ -17,7 +18,7 @@ def scrambled(network: nn.Module) -> nn.Module:
 
     Vectors (norms, biases, statistics), single parameters and weights that are all 0 are drawn anew; other weights stay.
     """
-    twin = copy.deepcopy(network)
+    twin = detached_copy(network)
     generator = torch.Generator().manual_seed(0)
     started = [(name, tensor) for name, tensor in twin.named_parameters() if tensor.ndim <= 1 or not tensor.any()]
     for name, tensor in (*started, *((name, tensor) for name, tensor in twin.named_buffers() if tensor.ndim == 1)):
@@ -41,9 +42,9 @@ def exact_copies(module: nn.Module) -> Iterator[nn.Module]:
         [torch.float64, torch.float32]
     """
     try:
-        double = copy.deepcopy(module).double()
+        double = detached_copy(module).double()
     except TypeError:  # how a device says that it has none
         pass
     else:
         yield double
-    yield copy.deepcopy(module).to("cpu", torch.float32)
+    yield detached_copy(module).to("cpu", torch.float32)

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from torch.optim.optimizer import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from distillzoo.copying import detached_copy
 from distillzoo.distiller import Distiller
 from distillzoo.engine.config import TrainConfig
 from distillzoo.errors import OptionError
@@ -114,7 +115,8 @@ def make_averaged(distiller: Distiller, config: TrainConfig) -> AveragedModel | 
         else:
             torch._foreach_copy_(averaged, current)
 
-    averaged = AveragedModel(distiller, multi_avg_fn=average_or_copy, use_buffers=True)
+    averaged = AveragedModel(torch.nn.Identity(), multi_avg_fn=average_or_copy, use_buffers=True)
+    averaged.module = detached_copy(distiller)  # whose tensors torch's own copy may refuse
     for parameter in averaged.parameters():
         parameter.requires_grad_(False)
     return averaged
