@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillzoo import build_distiller
-from distillzoo.stages import Probe, classifier_input, find_stages
+from distillzoo.stages import Probe, as_view, classifier_input, find_stages
 from distillzoo.taps import Tapped
 from distillzoo.types import DataSpec
 
@@ -205,3 +205,48 @@ def test_a_block_that_runs_again_is_the_stage_of_its_last_run():
     made = Tapped(Again(), DATA)
     assert [stage.path for stage in made.stages] == ["stem", "block"]
     assert made.shapes["stage2"] == (4, 4, 4)
+
+
+class Strided(nn.Module):
+    """A stem, then five blocks of stride 2, padded or cut as the images ask for; nothing declared."""
+
+    def __init__(self, padding: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 2, 1)
+        self.blocks = nn.Sequential(
+            *[nn.Sequential(nn.Conv2d(2, 2, 3, 2, padding), nn.BatchNorm2d(2), nn.ReLU()) for _ in range(5)]
+        )
+        self.fc = nn.Linear(2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("size", [(90, 160), (270, 480), (40, 101), (80, 1000), (100, 300)])
+@pytest.mark.parametrize("turned", [False, True], ids=["landscape", "portrait"])
+def test_stages_are_those_of_square_images_where_the_stride_does_not_divide_the_sides(size, turned):
+    network, data = Strided(), DataSpec(5, size[::-1] if turned else size)
+    paths = [stage.path for stage in find_stages(network, Probe(network, data))]
+    assert paths == ["blocks.1", "blocks.2", "blocks.3", "blocks"]
+    network.feature_info = [{"module": f"blocks.{k}", "reduction": 2 ** (k + 1)} for k in range(5)]
+    assert [stage.path for stage in find_stages(network, Probe(network, data))] == [f"blocks.{k}" for k in (1, 2, 3, 4)]
+    last = network.blocks(network.stem(torch.zeros(2, 3, *data.input_size)))
+    assert as_view(network, data, last.flatten(2).mT.shape).grid == last.shape[2:], "tokens form the grid that maps would"
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_layers_whose_weights_are_computed_are_layers(norm):
+    plain, network = Strided(), Strided()
+    for layer in [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]:
+        norm(layer)
+    before = copy.deepcopy(network.state_dict())
+    assert find_stages(network, Probe(network, DATA)) == find_stages(plain, Probe(plain, DATA))
+    assert find_stages(network, Probe(network, DATA))[-1].norm == "blocks.3.1"
+    assert classifier_input(network, Probe(network, DATA)) == "fc:input"
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_the_last_layer_is_the_classifier_where_the_one_before_has_as_many_outputs():
+    network = nn.Sequential(convs(3, 4, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 5))
+    nn.utils.parametrizations.weight_norm(network[3])
+    assert classifier_input(network, Probe(network, DATA)) == "3:input"

@@ -84,12 +84,14 @@ def _regnet(model: nn.Module) -> tuple[Stage, ...]:
 
 
 def _vgg(model: nn.Module) -> tuple[Stage, ...]:
-    """The activations that a pooling reads."""
+    """The activations that a pooling reads, and the last one where the last pooling was taken out."""
     layers = list(model.get_submodule("features").named_children())
+    ends = [number for number, (_, layer) in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
+    weighted = [number for number, (_, layer) in enumerate(layers) if any(True for _ in layer.parameters())]
+    if weighted[-1] > ends[-1]:
+        ends.append(weighted[-1] + 2)
     stages: list[Stage] = []
-    for number, (_, layer) in enumerate(layers):
-        if not isinstance(layer, nn.MaxPool2d):
-            continue
+    for number in ends:
         relu = f"features.{layers[number - 1][0]}"
         normed = isinstance(layers[number - 2][1], nn.BatchNorm2d)
         norm = f"features.{layers[number - 2][0]}" if normed else None

@@ -122,12 +122,12 @@ def token_grid(tokens: int, data: DataSpec) -> tuple[int, int] | None:
     if tokens < 1:
         return None
     height, width = data.input_size
-    exact = math.sqrt(tokens * height / width)
-    for rows in dict.fromkeys((math.floor(exact), math.ceil(exact))):
-        columns = tokens // max(rows, 1)
-        # images that do not divide into patches evenly are padded: either side may be one more than its share
-        if rows and rows * columns == tokens and abs(rows * width / height - columns) < 1.0:
-            return rows, columns
+    exact = math.sqrt(tokens * min(height, width) / max(height, width))  # of the shorter side, which is off by less than one
+    for short in dict.fromkeys((math.floor(exact), math.ceil(exact))):
+        long = tokens // max(short, 1)
+        grid = (short, long) if height <= width else (long, short)
+        if short and short * long == tokens and _has_aspect(grid, data):
+            return grid
     return None
 
 
@@ -141,8 +141,13 @@ def _four(module: nn.Module, data: DataSpec, shape: Sequence[int], channels: int
 
 
 def _has_aspect(size: Sequence[int], data: DataSpec) -> bool:
+    """Whether rows and columns can be those of the images at some stride.
+
+    Images that the stride does not divide are padded or cut, so either side may be off by less than one. Seen from the shorter side
+    the other's share of that is below one as well; seen from the longer it would be multiplied by the aspect.
+    """
     height, width = data.input_size
-    return abs(size[0] * width / height - size[1]) < 1.0
+    return abs(size[0] * width - size[1] * height) < max(height, width)
 
 
 def map_size(module: nn.Module, data: DataSpec, shape: Sequence[int]) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.nn.utils.parametrize import is_parametrized
 
 from distillzoo.errors import ShapeError, TapError
 from distillzoo.stages.restoring import restored
@@ -124,6 +125,21 @@ class Probe:
         return DryRun(self)
 
 
+def _is_computed(module: nn.Module, child: str) -> bool:
+    """Whether a child is no part of a module but what its parameters are computed from (:mod:`torch.nn.utils.parametrize`)."""
+    return child == "parametrizations" and is_parametrized(module)
+
+
+def _own_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a module without those of its children; in place of one that is computed, what it is computed from."""
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    if is_parametrized(module):
+        for name, made in module.get_submodule("parametrizations").named_children():
+            for each, parameter in made.named_parameters(recurse=False):
+                own[name if each == "original" else f"{name}.{each}"] = parameter
+    return own
+
+
 @dataclass(eq=False)
 class Call:
     """One call of one module during a dry run.
@@ -147,13 +163,14 @@ class Call:
     @property
     def has_weights(self) -> bool:
         """Whether it is an op that mixes channels or positions: one with a weight of its own of two dimensions or more."""
-        own = self.module.parameters(recurse=False)
-        return any(p.ndim >= 2 for p in own) and not any(True for _ in self.module.children())
+        own = _own_parameters(self.module).values()
+        inside = (name for name, _ in self.module.named_children() if not _is_computed(self.module, name))
+        return any(p.ndim >= 2 for p in own) and not any(True for _ in inside)
 
     @property
     def is_norm(self) -> bool:
         """Whether it is a norm: no weights to mix by, but a scale of one number a channel, or running statistics."""
-        own = dict(self.module.named_parameters(recurse=False))
+        own = _own_parameters(self.module)
         scale = own.get("weight", self.module._buffers.get("running_mean"))
         return scale is not None and scale.ndim == 1 and all(p.ndim == 1 for p in own.values()) and len(own) != 1
 

@@ -152,6 +152,26 @@ def test_subclasses_are_known_and_changed_networks_are_not():
     assert torchvision_stages(model) is None
 
 
+@pytest.mark.parametrize("name", ["vgg11", "vgg11_bn"])
+@pytest.mark.parametrize("end", ["cut", "identity", "average"])
+def test_the_last_block_of_a_vgg_is_a_stage_without_its_pooling(name, end):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, weights=None)
+    whole = torchvision_stages(model)
+    if end == "cut":
+        model.features = model.features[:-1]
+    else:
+        model.features[-1] = nn.Identity() if end == "identity" else nn.AvgPool2d(2)
+    assert torchvision_stages(model) == whole
+
+
+def test_a_vgg_whose_last_activation_is_gone_is_nobodys():
+    with torch.device("meta"):
+        model = torchvision.models.vgg11()
+    model.features = model.features[:-2]
+    assert torchvision_stages(model) is None
+
+
 def test_every_variant_has_a_full_table():
     """Built without memory or weights: the paths of the large ones exist as well."""
     prefixes = ("resn", "wide", "vgg", "dense", "shuffle", "mobile", "efficient", "convnext", "swin", "vit")  # RegNet needs memory
