@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from distillzoo.errors import OptionError, UnknownNameError, near_matches, unknown_name
+from distillzoo.errors import DistillZooError, OptionError, UnknownNameError, near_matches, unknown_name
 from distillzoo.models.base import MODELS, check_count
 from distillzoo.models.declared import timm_config
 from distillzoo.models.weights import check_file, load_weights
@@ -19,10 +19,13 @@ __all__ = ["create_model", "list_models"]
 
 _TIMM, _TORCHVISION = "timm/", "torchvision/"
 _TIMM_HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's own prefixes: names that no list holds
-_WITH_AUXILIARY = ("googlenet", "inception_v3")
-_AUXILIARY = ("aux1", "aux2", "AuxLogits")  # what they call their auxiliary classifiers
+_AUXILIARY = ("aux1", "aux2", "AuxLogits")  # what torchvision's networks call their auxiliary classifiers
 # torchvision sets these options where it loads weights, and others where it does not; no file of weights tells which were set
-_AS_PUBLISHED: dict[str, Any] = {"aux_logits": False, "transform_input": True}
+_AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "transform_input": True},
+    "inception_v3": {"aux_logits": False, "transform_input": True},
+    "vit_h_14": {"image_size": 518},
+}
 _Path = str | os.PathLike[str]
 
 
@@ -45,7 +48,8 @@ def create_model(
         checkpoint_path: File with a state dict to load, in place of a download.
         **options: Options of the network itself, such as ``in_channels`` (ours) or ``drop_path_rate`` (timm). torchvision's
             GoogLeNet and Inception are built as its weights want them, pretrained or not: ``transform_input=True`` (images in
-            ImageNet's normalisation) and, as no method trains them, without auxiliary classifiers (``aux_logits=False``).
+            ImageNet's normalisation) and, as no method trains them, without auxiliary classifiers (``aux_logits=False``); so is
+            its ViT-H/14 (``image_size=518``).
     Returns:
         The network in training mode, on the CPU.
     Raises:
@@ -115,7 +119,7 @@ def _from_registry(name: str, num_classes: int, pretrained: bool, options: dict[
     except TypeError as error:
         allowed = ", ".join(option for option in signature.parameters if option != "num_classes")
         raise OptionError(f"Model {name!r} was given options that do not fit ({error}); it takes {allowed or 'none'}.") from error
-    return MODELS[name](num_classes=num_classes, **options)
+    return _explained(name, lambda: MODELS[name](num_classes=num_classes, **options), pretrained, "", options)
 
 
 def _from_timm(name: str, num_classes: int, pretrained: bool, checkpoint_path: _Path | None, options: dict[str, Any]) -> nn.Module:
@@ -140,7 +144,7 @@ def _from_torchvision(name: str, num_classes: int, pretrained: bool, options: di
     if name not in names:
         raise UnknownNameError(_unknown_foreign(_TORCHVISION, name, names))
 
-    options = {**(_AS_PUBLISHED if name in _WITH_AUXILIARY else {}), **options}
+    options = {**_AS_PUBLISHED.get(name, {}), **options}
 
     def build() -> nn.Module:
         if not pretrained:
@@ -188,9 +192,11 @@ def _unknown_foreign(source: str, name: str, known: Sequence[str]) -> str:
 
 
 def _explained(name: str, build: Callable[[], nn.Module], pretrained: bool, path: str, options: dict[str, Any]) -> nn.Module:
-    """Run another project's builder; say in one sentence what was asked of it when it fails, whatever it raises."""
+    """Run a builder; say in one sentence what was asked of it when it fails, whatever it raises."""
     try:
         return build()
+    except DistillZooError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         if pretrained:

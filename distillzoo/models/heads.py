@@ -48,12 +48,13 @@ def slice_head(model: nn.Module, rows: Sequence[int], num_classes: int) -> nn.Mo
 
 
 def _heads(model: nn.Module, num_classes: int) -> Iterator[_Head]:
-    """Yield what makes the logits: what timm's networks call their classifier, else the last layer."""
+    """Yield what makes the logits: all of that width in what timm's networks call their classifier, else the last layer."""
     named = getattr(model, "get_classifier", None)
     found = named() if callable(named) else None
-    candidates = [module for module in (found if isinstance(found, tuple | list) else [found]) if isinstance(module, _Head)]
-    candidates = candidates or [module for module in model.modules() if isinstance(module, _Head)][-1:]
-    for module in candidates:
+    called = [each for each in (found if isinstance(found, tuple | list) else [found]) if isinstance(each, nn.Module)]
+    layers = [part for each in called for part in each.modules() if isinstance(part, _Head)]  # a head may be a norm and a layer
+    layers = layers or [module for module in model.modules() if isinstance(module, _Head)][-1:]
+    for module in layers:
         if _outputs(module) == num_classes and (isinstance(module, nn.Linear) or module.kernel_size == (1, 1)):
             yield module
 

@@ -72,6 +72,28 @@ def test_unknown_options_are_refused(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("shufflenetv1", {"groups": 4}, "divisible by groups"),
+        ("resnet8", {"depths": (1, 1)}, "longer"),
+        ("mobilenetv2", {"width": "1"}, "TypeError"),
+        ("vgg8", {"depths": 3}, "TypeError"),
+    ],
+)
+def test_options_that_our_own_networks_cannot_be_built_with_are_explained(name, options, reason):
+    with pytest.raises(
+        OptionError, match=f"{name!r} could not be built with the options .*{reason}.*; see its constructor"
+    ) as error:
+        create_model(name, num_classes=10, **options)
+    assert error.value.__cause__ is not None
+
+
+def test_a_refusal_of_a_networks_own_is_left_as_it_is():
+    with pytest.raises(OptionError, match=r"^groups must be an integer of at least 1; got 0"):
+        create_model("shufflenetv1", num_classes=10, groups=0)
+
+
+@pytest.mark.parametrize(
     ("name", "target"), [("timm/resnet18", "timm.create_model"), ("torchvision/resnet18", "torchvision.models.get_model")]
 )
 def test_failed_downloads_name_the_alternative(name, target, monkeypatch):
@@ -124,6 +146,27 @@ def test_what_began_with_torchvisions_weights_is_loaded_back(arch, size, tmp_pat
     started = create_model(name, num_classes=5, pretrained=True, **options)
     torch.save(started.state_dict(), tmp_path / "w.pt")
     create_model(name, num_classes=5, checkpoint_path=tmp_path / "w.pt", **options)
+
+
+def test_torchvisions_largest_transformer_is_of_the_size_of_its_weights(monkeypatch):
+    """The published images are 518 pixels wide; without weights torchvision makes one for 224."""
+    import torchvision
+
+    class Asked(Exception):  # such a network has 632 million weights: what was asked for will do
+        pass
+
+    def refuse(**options):
+        raise Asked(options["image_size"])
+
+    monkeypatch.setattr(torchvision.models.vision_transformer, "VisionTransformer", refuse)
+    weights = torchvision.models.get_model_weights("vit_h_14").DEFAULT
+    published = weights.meta["min_size"][0]
+    for options, size in (({}, published), ({"image_size": 224}, 224)):
+        with pytest.raises(OptionError, match=f"Asked: {size}") as error:
+            create_model("torchvision/vit_h_14", num_classes=5, **options)
+        assert isinstance(error.value.__cause__, Asked)
+    with pytest.raises(OptionError, match=f"Asked: {published}"):
+        create_model("torchvision/vit_h_14", num_classes=5, pretrained=True)
 
 
 def test_checkpoints_are_loaded_strictly(tmp_path):

@@ -24,6 +24,8 @@ ROWS = [7, 3, 999, 0]
         ("torchvision/squeezenet1_1", 64),  # classifies by a convolution
         ("torchvision/shufflenet_v2_x0_5", 32),
         ("shufflenetv1_224", 64),
+        ("timm/levit_128s", 224),  # two classifiers, each a norm and a linear layer
+        ("timm/repvit_m0_9", 32),  # two inside one module
     ],
 )
 def test_the_logits_that_stay_are_the_networks_own(name: str, size: int) -> None:
