@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ __all__ = ["Composition", "Maker", "composed_weights"]
 
 Maker = Callable[[Tapped, "Teacher | None", DataSpec], Distiller]
 """Makes one member on the shared student and teacher."""
+
+_STUDENT = "student."  # what the names of the student's parameters begin with, in a member alone as in a composition
 
 
 class Composition(Distiller):
@@ -101,11 +105,11 @@ class Composition(Distiller):
     def _outer(self, name: str, phase: Phase) -> Phase:
         """A member's phase in the composition's names; what it leaves open is the student and that member, not the others."""
         own = self._named()[name].weights if phase.terms is None else phase.terms
-        patterns = ("student.*", "*") if phase.trainable is None else phase.trainable
+        patterns = ("*",) if phase.trainable is None else phase.trainable
         return Phase(
             f"{name}.{phase.name}",
             phase.epochs,
-            tuple(pattern if pattern.startswith("student.") else f"members.{name}.{pattern}" for pattern in patterns),
+            tuple(dict.fromkeys(outer for pattern in patterns for outer in _outer_patterns(name, pattern))),
             tuple(term if term == "ce" else f"{name}.{term}" for term in own),
         )
 
@@ -116,6 +120,30 @@ class Composition(Distiller):
     def export_student(self) -> nn.Module:
         """Export as the one member that restructures the student or predicts in its own way, if there is one."""
         return super().export_student() if self._singular is None else self._named()[self._singular].export_student()
+
+
+def _outer_patterns(name: str, pattern: str) -> Iterator[str]:
+    """Yield what matches in a composition the parameters that a pattern matches in the member alone: the student's, its own."""
+    yield from (_STUDENT + rest for rest in _rests(pattern, _STUDENT))
+    if not pattern.startswith(_STUDENT):
+        yield f"members.{name}.{pattern}"
+
+
+def _rests(pattern: str, start: str) -> tuple[str, ...]:
+    """Return patterns that together match what may follow ``start`` in a name that ``pattern`` (:mod:`fnmatch`) matches.
+
+    Example:
+        >>> _rests("*.weight", "student."), _rests("st?dent.*", "student."), _rests("regressor.*", "student.")
+        (('*.weight', 'weight'), ('*',), ())
+    """
+    if not start or not pattern:
+        return () if start else (pattern,)
+    token = re.match(r"\[!?\]?[^]]*\]|.", pattern, re.DOTALL)
+    assert token is not None
+    rest = pattern[token.end() :]
+    if token[0] == "*":  # takes the first letter of the start and goes on, or takes nothing
+        return tuple(dict.fromkeys((*_rests(pattern, start[1:]), *_rests(rest, start))))
+    return _rests(rest, start[1:]) if fnmatchcase(start[0], token[0]) else ()
 
 
 def composed_weights(members: Mapping[str, tuple[Mapping[str, Weight], Mapping[str, Weight]]]) -> dict[str, Weight]:

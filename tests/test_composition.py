@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import pytest
 import torch
 from torch import nn
@@ -181,6 +183,33 @@ def test_first_phases_come_first_with_patterns_and_terms_of_the_composition():
     distiller.set_progress(Progress(0, 3, 0, 10, "test_hint.first"))
     out = distiller(IMAGES, TARGETS)
     assert {name: float(weight) for name, weight in out.weights.items()} == {"ce": 0.0, "test_hint.hint": 2.0, "kd.kd": 0.0}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "*",
+        "*.weight",
+        "s*",
+        "*e*",
+        "[!s]*",
+        "[rs]*.bias",
+        "student.*",
+        "student*",
+        "st?dent.stem.*",
+        "*.*.*",
+        "regressor.*",
+        "scale",
+    ],
+)
+def test_a_members_pattern_trains_in_a_composition_what_it_trains_alone(pattern, monkeypatch):
+    monkeypatch.setattr(Hint, "phases", lambda self: (Phase("first", 1, (pattern,)), Phase()))
+    alone = [name for name, _ in build("test_hint").named_parameters() if fnmatchcase(name, pattern)]
+    composed = build("test_hint+test_exports")
+    patterns = composed.phases()[0].trainable
+    trained = [name for name, _ in composed.named_parameters() if any(fnmatchcase(name, each) for each in patterns)]
+    assert alone
+    assert sorted(trained) == sorted(name if name.startswith("student.") else f"members.test_hint.{name}" for name in alone)
 
 
 def test_all_terms_of_a_members_phase_are_that_members(monkeypatch):
