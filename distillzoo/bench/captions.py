@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from distillzoo.bench.changes import changes
 from distillzoo.bench.places import cost_sentence, places_sentence
 from distillzoo.bench.plan import Cell, Plan, TeacherJob
-from distillzoo.bench.provenance import teachers_sentence
+from distillzoo.bench.provenance import exports_sentence, teachers_sentence, untold_sentence
 from distillzoo.bench.render import Spread
 
 if TYPE_CHECKING:
@@ -216,6 +216,8 @@ def pair_caption(
         teachers_sentence(cells, results),
         places_sentence(cells, results),
         cost_sentence(cells, results),
+        exports_sentence(cells, results),
+        untold_sentence(cells, results),
         *sorted({f"Not applicable: {cell.row.title} ({reasons[cell.run.id]})" for cell in cells if cell.run.id in reasons}),
     ]
     return " ".join(sentence for sentence in sentences if sentence)

@@ -16,6 +16,7 @@ from distillzoo.bench.options import parse_options
 from distillzoo.bench.places import cost_sentence, places_sentence
 from distillzoo.bench.plan import Cell
 from distillzoo.bench.progress import Console
+from distillzoo.bench.provenance import untold_sentence
 from distillzoo.bench.recipe import Pair
 from distillzoo.bench.render import as_text
 from distillzoo.bench.rows import TABLES, load_table
@@ -233,7 +234,8 @@ def table_text(search: Search, choices: Sequence[Choice]) -> str:
     )
     results = {run_id: result for choice in choices for run_id, result in choice.results.items()}
     where = [places_sentence(choice.cells, results) for choice in choices]
-    sentences = [said, *where, cost_sentence([cell for choice in choices for cell in choice.cells], results)]
+    everyone = [cell for choice in choices for cell in choice.cells]
+    sentences = [said, *where, cost_sentence(everyone, results), untold_sentence(everyone, results)]
     return f"{as_text(header, lines)}\n\n{textwrap.fill(' '.join(filter(None, map(str.strip, sentences))), 120)}"
 
 
@@ -276,6 +278,8 @@ def table_file(search: Search, choices: Sequence[Choice], command: str) -> str:
             del fields["pairs"]
         tried = ", ".join(f"{value:g}" for value in choice.swept.values)
         fields["source"] = f"{HELD_OUT}: the best of {tried} after {search.epochs} epochs; record {choice.ids[choice.chosen]}"
+    if search.note:
+        table["note"] = search.note.strip()  # how even the effort was belongs under every table with these weights
     return f"# Written from records, never by hand: {command}\n{dump_yaml({**table, 'rows': rows})}"
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
+import torch
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from distillzoo.bench.training import GroupTask
 from distillzoo.engine import EpochReport, Observer, StepReport
@@ -79,9 +81,19 @@ def count_flops(task: GroupTask) -> float:
     for member in trainer.members.values():
         while member.phase_number < len(member.phases) - 1:
             member.finish_phase()
-    with FlopCounterMode(display=False) as counter, contextlib.suppress(EnoughError):
+    counting = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops})
+    with counting as counter, contextlib.suppress(EnoughError):
         trainer.run()
     return float(counter.get_total_flops()) * task.config.batch_size / size
+
+
+def _convolution_backward_flops(output: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any) -> int:
+    """Count a convolution's backward pass: once the forward pass for each gradient that is asked for.
+
+    torch's own count takes the weight's gradient of a grouped convolution for that of a whole one.
+    """
+    transposed, wanted = bool(rest[4]), rest[7]
+    return sum(map(bool, wanted[:2])) * int(conv_flop_count(list(x), list(weight), list(output), transposed=transposed))
 
 
 def extrapolated(task: GroupTask, measure: Callable[[GroupTask], Cost]) -> Cost:

@@ -1,4 +1,4 @@
-"""Whose students the rows of a table are: one id is one recipe of a teacher, and each training of it is another teacher."""
+"""Where the figures of a table come from: whose students the rows are, what is exported, and what records do not tell."""
 
 from __future__ import annotations
 
@@ -7,7 +7,45 @@ from typing import Any
 
 from distillzoo.bench.plan import Cell
 
-__all__ = ["named_rows", "teachers_sentence"]
+__all__ = ["exports_sentence", "named_rows", "teachers_sentence", "untold_sentence"]
+
+
+def exports_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say by how much exported students differ from those that trained, where they do; empty if none does.
+
+    Args:
+        cells: Cells that are compared.
+        results: Results by run id.
+    """
+    gaps: list[tuple[Cell, float]] = []
+    for cell in cells:
+        result = results.get(cell.run.id, {})
+        last, exported = result.get("last_accuracy"), result.get("exported_accuracy")
+        if last is not None and exported is not None and last != exported:
+            gaps.append((cell, abs(last - exported)))
+    if not gaps:
+        return ""
+    rows, worst = named_rows([cell for cell, _ in gaps], cells), max(gap for _, gap in gaps)
+    return f"Accuracies are of the networks as they trained; exported, those of {rows} differ by up to {worst:.2f} points."
+
+
+def untold_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say how many records name no commit of their code, or no digest of their teacher's weights; empty if all do.
+
+    Args:
+        cells: Cells that are compared.
+        results: Results by run id, each with its ``environment``.
+    """
+    known = {cell.run.id: results[cell.run.id] for cell in cells if results.get(cell.run.id, {}).get("environment")}
+    taught = [result["teacher"] for result in known.values() if result.get("teacher")]
+    commits = sum(not result["environment"].get("commit") for result in known.values())
+    digests = sum("sha256" not in teacher for teacher in taught)
+    counts = {
+        "commit of their code": (commits, len(known)),
+        "digest of their teacher's weights": (digests, len(taught)),
+    }
+    said = [f"{number} of {whole} records name no {what}" for what, (number, whole) in counts.items() if number]
+    return f"{'; '.join(said)}." if said else ""
 
 
 def teachers_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:

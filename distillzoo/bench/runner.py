@@ -10,13 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from distillzoo.bench.environment import begun, describe_environment, ended
 from distillzoo.bench.networks import build_members, count_parameters, make_network, make_teacher
 from distillzoo.bench.plan import Group, Plan, Run, TeacherJob
 from distillzoo.bench.progress import Console, GroupProgress, Meter
-from distillzoo.bench.recording import describe_classes, metrics_line, save_weights
+from distillzoo.bench.recording import Exported, describe_classes, metrics_line, save_weights
 from distillzoo.bench.records import RecordStore, content_id
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.bench.training import forward_cost, student_task
@@ -183,7 +182,7 @@ class SerialRunner:
             environments[run_id] = begun(environment, self.store.environment(record), epochs)
             record.begin({"method": run.row.method, **run.identity}, environments[run_id])
 
-        def finish(run_id: str, result: MemberResult, student: nn.Module | None) -> None:
+        def finish(run_id: str, result: MemberResult, student: Exported | None) -> None:
             environment = {**describe_environment(self.device), **together}
             where = ended(environment, environments[run_id], len(result.history))
             self._finish(runs[run_id], result, student, described, where)
@@ -197,7 +196,7 @@ class SerialRunner:
         self.console.say(f"{group.pair} seed {group.seed}: {', '.join(figures) or 'no run came to its end'}.")
 
     def _finish(
-        self, run: Run, result: MemberResult, student: nn.Module | None, teacher: dict[str, Any] | None, where: dict[str, Any]
+        self, run: Run, result: MemberResult, student: Exported | None, teacher: dict[str, Any] | None, where: dict[str, Any]
     ) -> None:
         record = self.store.record(run.id)
         if result.status == "failed":  # not a result: memory ran out, say; the next call tries again
@@ -217,7 +216,7 @@ class SerialRunner:
             },
         )
         if student is not None:
-            save_weights(record, "student.safetensors", student)
+            save_weights(record, "student.safetensors", student.network)
         else:
             self._failed(run.id, f"{run.row.label} on {run.pair}, seed {run.seed}, {result.status}: {result.message}")
         record.finish(
@@ -228,9 +227,10 @@ class SerialRunner:
                 "last_accuracy": result.last_accuracy,
                 "best_accuracy": result.best_accuracy,
                 "best_epoch": result.best_epoch,
+                "exported_accuracy": None if student is None else student.accuracy,
                 "last_loss": result.last_loss,
                 "epochs": result.epochs,
-                "parameters": None if student is None else count_parameters(student),
+                "parameters": None if student is None else count_parameters(student.network),
                 "teacher": teacher if run.teacher is not None else None,
                 "data": run.data.description,
                 **describe_classes(run.data),

@@ -19,7 +19,7 @@ from distillzoo.bench.captions import (
 from distillzoo.bench.checks import check_list
 from distillzoo.bench.places import cost_sentence, places_sentence
 from distillzoo.bench.plan import Cell, Plan
-from distillzoo.bench.provenance import teachers_sentence
+from distillzoo.bench.provenance import exports_sentence, teachers_sentence, untold_sentence
 from distillzoo.bench.recipe import Recipe, apply_override
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
 from distillzoo.bench.rows import Row, TableSpec, select_rows
@@ -213,7 +213,8 @@ class SweepView:
         )
         counts = [entry.figures.n for entry in self._entries()]
         described = "; ".join(dict.fromkeys(cell.run.data.description for cell in self.plan.cells))
-        said = [say(self.plan.cells, self.results) for say in (teachers_sentence, places_sentence, cost_sentence)]
+        sentences = (teachers_sentence, places_sentence, cost_sentence, exports_sentence, untold_sentence)
+        said = [say(self.plan.cells, self.results) for say in sentences]
         return (
             f"{described} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
             f"over seeds. Differences between rows are paired over seeds; {SPREAD_NOTE} {chosen} {protocol_note(self.plan, counts)}"

@@ -16,7 +16,7 @@ from distillzoo.bench.environment import begun, describe_environment, ended
 from distillzoo.bench.networks import count_parameters, make_network
 from distillzoo.bench.plan import TeacherJob
 from distillzoo.bench.progress import GroupProgress
-from distillzoo.bench.recording import describe_classes, metrics_line, save_weights
+from distillzoo.bench.recording import Exported, describe_classes, metrics_line, save_weights
 from distillzoo.bench.records import Record, RecordStore, file_sha256
 from distillzoo.bench.training import GroupTask
 from distillzoo.bench.views import as_view
@@ -234,8 +234,8 @@ class TeacherStore:
             environment.update(begun(describe_environment(device), self.store.environment(record), epochs))
             record.begin({"method": "vanilla", **job.identity}, environment)
 
-        def finish(_: str, result: MemberResult, network: nn.Module | None) -> None:
-            if network is None:
+        def finish(_: str, result: MemberResult, exported: Exported | None) -> None:
+            if exported is None:
                 self.store.say(f"The teacher {job.name} {result.status}: {result.message}.")
                 return
             record.write_metrics([metrics_line(report) for report in result.history])
@@ -249,7 +249,7 @@ class TeacherStore:
                 "best_accuracy": result.best_accuracy,
                 "epochs": result.epochs,
             }
-            self._finish(job, record, network, device, figures, job.identity["storage"])
+            self._finish(job, record, exported.network, device, figures, job.identity["storage"])
 
         self.task(job, device).run(self.store, begin, progress, finish)
         return self.find(job)

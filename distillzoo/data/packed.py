@@ -64,7 +64,7 @@ class PackedDataSet:
 
     @cached_property
     def digest(self) -> str:
-        """Twelve hexadecimal digits that change when any packed image or label does."""
+        """Twelve hexadecimal digits that change when any packed image or label does: as the index says, which ``verify`` checks."""
         identity = hashlib.sha256()
         for part in (self.train, self.evaluation):
             identity.update(part.identity.encode() + part.targets.numpy().tobytes())

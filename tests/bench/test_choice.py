@@ -203,6 +203,12 @@ def test_a_chosen_weight_holds_for_every_pair_of_the_table(tmp_path: Path) -> No
     assert row.weights == {"ce": 0.5, "kd": 0.7}, "the other terms of the preset stay"
 
 
+def test_how_even_the_effort_was_is_said_under_every_table_with_these_weights() -> None:
+    note = load_table("cifar100_cpu").note
+    assert note == load_search(SEARCH).note.strip()
+    assert "screened on the same held-out images" in note
+
+
 def test_the_committed_choice_is_what_its_records_make(tmp_path: Path) -> None:
     kept = ROOT / "benchmarks" / "results" / "cifar100_cpu_weights"
     options = ["--table-only", "--output", str(kept), "--results", str(tmp_path), "--tables", str(tmp_path)]

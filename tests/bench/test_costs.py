@@ -47,6 +47,20 @@ def test_a_step_is_one_pass_of_the_teacher_and_each_members_own(tiny: Recipe, ti
     assert count_flops(with_batch(task, 24)) == 2 * count_flops(task)
 
 
+def test_the_backward_pass_of_grouped_convolutions_counts_twice_the_forward_pass(
+    tiny: Recipe, tiny_data: Callable[[Recipe], DataSet]
+) -> None:
+    """torch's own count takes the weight's gradient of a depth-wise convolution for that of a whole one."""
+    task = task_of(replace(tiny, pairs=("tinycnn_8:shufflenetv2",), methods=("vanilla",)), tiny_data)
+    student = make_network("shufflenetv2", task.data, 0, "student").eval()
+    images = torch.zeros(task.config.batch_size, 3, 8, 8)
+    with torch.no_grad():
+        once = flops(lambda: student(images))
+    stem = 2 * 24 * 3 * 9 * 64 * len(images)  # the images need no gradient
+    assert 2.5 * once < count_flops(task) <= 3 * once
+    assert count_flops(task) == pytest.approx(3 * once - stem, rel=0.02)
+
+
 def test_the_clock_waits_for_a_device_that_runs_behind_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     host, device = 0.0, 0.0
     monkeypatch.setattr(dryrun, "time", SimpleNamespace(perf_counter=lambda: host))

@@ -16,7 +16,15 @@ from distillzoo.bench.table import make_table
 from distillzoo.data import DataSet
 from tests.bench.conftest import TINY
 
-WHERE = {"group_seconds": 90.0, "group_size": 4, "group_images_per_second": 128.4, "threads": 1, "cpu": "A CPU", "gpu": None}
+WHERE = {
+    "commit": "0" * 40,
+    "group_seconds": 90.0,
+    "group_size": 4,
+    "group_images_per_second": 128.4,
+    "threads": 1,
+    "cpu": "A CPU",
+    "gpu": None,
+}
 COST = (
     "Training took {} minutes for a group of 4 rows on one teacher pass, 128 images/s for each row, on 1 thread of A CPU; "
     "evaluation, checkpoints and epochs that were interrupted come on top."
