@@ -15,6 +15,7 @@ from distillzoo.errors import DistillZooError, OptionError, ShapeError, failure_
 from distillzoo.registry import DISTILLERS
 from distillzoo.stages import Probe
 from distillzoo.taps import Tapped, Teacher
+from distillzoo.taps.inputs import check_input_kept
 from distillzoo.types import DataSpec, Stage
 
 __all__ = ["check_arguments", "check_classes", "check_taps", "measured_data", "tapped_student", "unchanged_if_refused"]
@@ -231,8 +232,9 @@ def check_classes(student: Tapped, teacher: Teacher | None, num_classes: int | N
         teacher: The teacher, if there is one.
         num_classes: The number of classes that was asked for; ``None`` takes the student's.
     Raises:
-        OptionError: If they disagree.
+        OptionError: If they disagree, or the student writes to the images.
     """
+    check_input_kept(_trained_on(student), student.role)
     if num_classes is not None and student.num_classes != num_classes:
         raise OptionError(
             f"The student {type(student.module).__name__} has {student.num_classes} classes and num_classes is {num_classes}; "
@@ -252,3 +254,11 @@ def check_classes(student: Tapped, teacher: Teacher | None, num_classes: int | N
             f"The teacher {type(teacher.module).__name__} has {teacher.num_classes} classes and the student "
             f"{type(student.module).__name__} has {student.num_classes}; they must agree."
         )
+
+
+def _trained_on(student: Tapped) -> Probe:
+    """Return a dry batch on which the student ran in training mode, in which dropout may work in place on the images themselves."""
+    probe = Probe(student.module, student.data)
+    with probe.training():
+        student.module(probe.images)
+    return probe

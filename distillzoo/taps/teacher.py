@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillzoo.errors import DistillZooError, OptionError, ShapeError, failure_of
+from distillzoo.stages import Probe
+from distillzoo.taps.inputs import check_input_kept
 from distillzoo.taps.tapped import Tapped
 from distillzoo.types import Batch, DataSpec, Stage, Trace
 
@@ -27,7 +29,8 @@ class Teacher(Tapped):
             (antialiased) where the sizes differ. ``None``: it sees them as they are.
 
     Raises:
-        OptionError: If ``own_data`` is no :class:`DataSpec` or has other channels.
+        OptionError: If ``own_data`` is no :class:`DataSpec` or has other channels, or the network writes to the images that the
+            student sees as well.
         TapError: As for :class:`Tapped`.
         ShapeError: As for :class:`Tapped`.
     """
@@ -61,6 +64,11 @@ class Teacher(Tapped):
             self.module.eval()
         with torch.no_grad():
             return self.module(images)
+
+    def _measure(self, probe: Probe) -> None:
+        super()._measure(probe)
+        if self._view is None or self._view.passes_on:  # else what it writes to is its own view
+            check_input_kept(probe, self.role)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
@@ -163,6 +171,7 @@ class OwnView:
         # with x' = x std + mean the pixel and y = (x' - own mean) / own std: y = scale x + shift
         self._scale, self._shift = (std / own_std).view(-1, 1, 1), ((mean - own_mean) / own_std).view(-1, 1, 1)
         self._same = images.channels == own.channels and bool((self._scale == 1).all() and (self._shift == 0).all())
+        self.passes_on = self._same and self.size is None  # the very images that it is given
         self._moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
