@@ -8,7 +8,7 @@ from typing import Any
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, unknown_name
 from distillzoo.testing import checks_state, checks_step
-from distillzoo.testing.networks import PairMaker, tiny_data, tiny_pair
+from distillzoo.testing.networks import PairMaker, tiny_data
 from distillzoo.testing.subject import Check, ContractError, Subject
 from distillzoo.types import DataSpec
 
@@ -48,9 +48,11 @@ def check_distiller(
     Args:
         name_or_class: A registered name, a composition such as ``"vid+kd"``, or a subclass of
             :class:`~distillzoo.distiller.Distiller`.
-        make_pair: Makes student and teacher (or None) afresh on every call, without dropout; the default is a pair of tiny CNNs.
-        options: The method's options; those that make it fast on twelve samples.
-        data: Data of the pair; the default is 16x16 pixels in five classes.
+        make_pair: Makes student and teacher (or None) afresh on every call, without dropout; the default is a pair of tiny
+            CNNs for the data.
+        options: The method's options; those that make it fast on twelve samples. Where the battery tries other pairs, one that
+            lacks what they ask for (a stage by name) may refuse them with OptionError.
+        data: Data of the pair, and of the other pairs that the battery tries; the default is 16x16 pixels in five classes.
         skip: Points to leave out by name, each with its reason.
     Raises:
         ContractError: If any point fails; every failure is a sentence of the message.
@@ -64,7 +66,7 @@ def check_distiller(
             raise OptionError(unknown_name("point of the battery", name, CHECKS, listed="Points"))
         if not isinstance(reason, str) or not reason.strip():
             raise OptionError(f"skip gives a reason for every point it leaves out; got {reason!r} for {name!r}. Write why.")
-    subject = Subject(name_or_class, make_pair or tiny_pair, dict(options or {}), data or tiny_data())
+    subject = Subject(name_or_class, make_pair, dict(options or {}), data or tiny_data())
     failures: list[ContractError] = []
     for name, check in CHECKS.items():
         if name in left_out:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import io
-from collections.abc import Iterator, Mapping
-from types import FunctionType, MethodType
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 from distillzoo.distiller import Distiller
 from distillzoo.streams import Stream, forked_generator
 from distillzoo.taps import Teacher
-from distillzoo.testing.subject import Loop, Subject, difference, hold, point, snapshot
-from distillzoo.types import Batch, StepOutput, Trace
+from distillzoo.testing.comparing import difference, snapshot, trace_tensors
+from distillzoo.testing.hidden import hidden
+from distillzoo.testing.subject import Loop, Subject, hold, point
+from distillzoo.types import Batch, StepOutput
 
 __all__ = [
     "check_eval",
@@ -33,58 +34,33 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @point(3, "nothing trainable hides")
 def check_hidden_state(subject: Subject) -> None:
-    """(3) No parameter and no module hides in a list, dict, tuple or plain object, where no optimiser and checkpoint finds it.
+    """(3) No parameter and no module hides in a container, function or plain object, where no optimiser and checkpoint finds it.
 
-    The teacher is exempt: it is a :class:`~distillzoo.taps.Teacher`, no child module, by design.
+    The teacher and what is made of its layers alone are exempt: it is a :class:`~distillzoo.taps.Teacher`, no child module, by
+    design.
     """
     pair = subject.pair()
     foreign = {id(module) for network in pair if network is not None for module in network.modules()}
     distiller = subject.build(pair=pair)
-    known = {id(thing) for thing in (*distiller.modules(), *distiller.parameters(), *distiller.buffers())}
+    registered = {id(thing) for thing in (*distiller.modules(), *distiller.parameters(), *distiller.buffers())}
+    teacher = distiller.teacher_net
+    frozen: set[int] = set() if teacher is None else {id(parameter) for parameter in teacher.module.parameters()}
+
+    def known(thing: Any) -> bool:
+        own: set[int] = {id(parameter) for parameter in thing.parameters()} if isinstance(thing, nn.Module) else set()
+        return id(thing) in registered or isinstance(thing, Teacher) or (bool(own) and own <= frozen)
+
     found: list[str] = []
     for name, module in distiller.named_modules():
         if id(module) not in foreign:
             where = f"distiller.{name}" if name else "distiller"
             own = {key: value for key, value in vars(module).items() if key not in _TORCH_KEYS}
-            found += [path for key, value in own.items() for path in _hidden(value, f"{where}.{key}", known, set())]
+            found += [path for key, value in own.items() for path in hidden(value, f"{where}.{key}", known, set())]
     hold(
         not found,
         f"{', '.join(found)} is trainable and not registered, so it is neither optimised nor saved nor moved; "
         "use nn.Parameter, nn.ParameterList, nn.ModuleList or nn.ModuleDict as attributes.",
     )
-
-
-def _hidden(value: Any, path: str, known: set[int], seen: set[int]) -> Iterator[str]:
-    """Yield the paths of unregistered modules and trainable tensors under ``value``."""
-    if id(value) in seen or id(value) in known or isinstance(value, Teacher | type):
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module) or (isinstance(value, Tensor) and value.requires_grad and value.is_leaf):
-        yield path
-        return
-    for step, item in _inside(value):
-        yield from _hidden(item, f"{path}{step}", known, seen)
-
-
-def _inside(value: Any) -> list[tuple[str, Any]]:
-    """What a container, a function or a plain object holds, with how it is reached."""
-    if isinstance(value, Mapping):
-        return [(f"[{key!r}]", item) for key, item in value.items()]
-    if isinstance(value, list | tuple | set | frozenset):
-        return [(f"[{number}]", item) for number, item in enumerate(value)]
-    if isinstance(value, functools.partial):
-        return [(".func", value.func), (".args", value.args), (".keywords", value.keywords)]
-    if isinstance(value, MethodType):
-        return [(".__self__", value.__self__)]
-    if isinstance(value, FunctionType):
-        return [(".__closure__", cell.cell_contents) for cell in value.__closure__ or ()]
-    if (
-        isinstance(value, Tensor)
-        or not hasattr(value, "__dict__")
-        or type(value).__module__.partition(".")[0] in ("torch", "builtins")
-    ):
-        return []
-    return [(f".{key}", item) for key, item in vars(value).items()]
 
 
 @point(4, "the teacher is left alone")
@@ -123,21 +99,13 @@ def _check_trace_untouched(subject: Subject, distiller: Distiller) -> None:
     batch = subject.batch()
     trace = subject.trace(distiller, batch)
     assert trace is not None
-    before = snapshot(_tensors(trace))
+    before = snapshot(trace_tensors(trace))
     subject.feed(distiller, batch, trace).loss.backward()  # type: ignore[no-untyped-call]
-    changed = difference(before, dict(_tensors(trace)))
+    changed = difference(before, dict(trace_tensors(trace)))
     hold(
         not changed,
         f"a step changed the teacher's trace in place ({', '.join(changed)}), which other members read; work on a copy.",
     )
-
-
-def _tensors(trace: Trace, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    yield f"{prefix}logits", trace.logits
-    for name, value in trace.features.items():
-        yield f"{prefix}{name}", value
-    if trace.second is not None:
-        yield from _tensors(trace.second, f"{prefix}second.")
 
 
 def _addresses(state: Mapping[str, Tensor]) -> set[int]:
@@ -179,21 +147,19 @@ def check_resume(subject: Subject) -> None:
 @point(6, "the export is the plain student")
 def check_export(subject: Subject) -> None:
     """(6) The export has the student's class, modules and keys, predicts the same, has no hooks; training goes on."""
-    plain = subject.pair()[0]
-    loop = Loop(subject, subject.build()).run(0, 2)
+    pair = subject.pair()
+    plain = _Structure.of(pair[0])  # as it came: another call makes other classes where layers are parametrized
+    loop = Loop(subject, subject.build(pair=pair)).run(0, 2)
     exported = loop.distiller.export_student()
-    hold(type(exported) is type(plain), f"the export is a {type(exported).__name__}; the student was a {type(plain).__name__}.")
-    kinds = [{name: type(module) for name, module in network.named_modules()} for network in (plain, exported)]
-    odd = [name for name in {**kinds[0], **kinds[1]} if kinds[0].get(name) is not kinds[1].get(name)]
+    found = _Structure.of(exported)
+    hold(found.kinds[""] is plain.kinds[""], f"the export is a {_name(found)}; the student was a {_name(plain)}.")
+    odd = [name for name in {**plain.kinds, **found.kinds} if plain.kinds.get(name) is not found.kinds.get(name)]
     hold(not odd, f"the export's modules {', '.join(sorted(odd)[:3])} are not the plain student's; fold what was put in.")
-    shapes = [{name: tuple(value.shape) for name, value in network.state_dict().items()} for network in (plain, exported)]
     hold(
-        shapes[0] == shapes[1],
-        f"the export's keys or shapes differ: {sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:3]}.",
+        found.shapes == plain.shapes,
+        f"the export's keys or shapes differ: {sorted(set(plain.shapes.items()) ^ set(found.shapes.items()))[:3]}.",
     )
-    hold(
-        _hooks(exported) == _hooks(plain), "the export still has hooks; return remove_hooks(copy) or call super().export_student()."
-    )
+    hold(found.hooks == plain.hooks, "the export still has hooks; return remove_hooks(copy) or call super().export_student().")
     hold(
         not _addresses(exported.state_dict()) & _addresses(loop.distiller.state_dict()),
         "the export shares tensors with the distiller, so further training changes it; return a copy.",
@@ -204,8 +170,25 @@ def check_export(subject: Subject) -> None:
     hold(not wrong, f"export changed the training that followed ({', '.join(wrong[:3])}); work on a copy.")
 
 
-def _hooks(module: nn.Module) -> int:
-    return sum(len(getattr(child, name)) for child in module.modules() for name in _HOOKS)
+@dataclass(frozen=True)
+class _Structure:
+    """What an export has in common with the student that it was."""
+
+    kinds: dict[str, type[nn.Module]]
+    shapes: dict[str, tuple[int, ...]]
+    hooks: int
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Self:
+        return cls(
+            {name: type(module) for name, module in network.named_modules()},
+            {name: tuple(value.shape) for name, value in network.state_dict().items()},
+            sum(len(getattr(module, hooks)) for module in network.modules() for hooks in _HOOKS),
+        )
+
+
+def _name(structure: _Structure) -> str:
+    return structure.kinds[""].__name__
 
 
 def _check_prediction(subject: Subject, distiller: Distiller, exported: nn.Module) -> None:

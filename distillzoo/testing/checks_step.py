@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from distillzoo.build import resolve_distiller
 from distillzoo.distiller import Distiller
-from distillzoo.errors import DistillZooError, UnsupportedPairError
+from distillzoo.errors import DistillZooError, OptionError, UnsupportedPairError
 from distillzoo.options import option_defaults
+from distillzoo.schedules import Schedule
 from distillzoo.streams import Stream, forked_generator
+from distillzoo.testing.comparing import batch_tensors, marked, trace_tensors, written
 from distillzoo.testing.networks import odd_pairs
-from distillzoo.testing.subject import Loop, Subject, hold, point
-from distillzoo.types import Batch, Progress, StepOutput
+from distillzoo.testing.subject import ContractError, Loop, Subject, hold, point
+from distillzoo.types import Batch, Phase, Progress, StepOutput, Trace
 
 __all__ = [
     "check_batch_sizes",
@@ -27,6 +30,8 @@ __all__ = [
     "check_seed",
     "check_terms",
 ]
+
+_LONG_TRAINING = 300  # epochs; longer than any warm-up
 
 
 def _one_step(subject: Subject, distiller: Distiller, batch: Batch, *, given_trace: bool = False) -> StepOutput:
@@ -39,10 +44,10 @@ def check_terms(subject: Subject) -> None:
     """(1) A step gives finite scalar terms, the same names as the weights, and a loss that is their weighted sum.
 
     With the teacher's trace given and without, with fields that the method does not need, and with soft targets unless it
-    declares ``hard_labels``.
+    declares ``hard_labels``. The step writes neither into the batch nor into the student's trace: other members read them too.
     """
     batch = subject.batch()
-    outputs = [_one_step(subject, subject.build(), batch, given_trace=given) for given in (False, True)]
+    outputs = [_watched_step(subject, subject.build(), batch, given_trace=given) for given in (False, True)]
     for out in outputs:
         _check_output(subject, out, subject.build(), len(batch.images))
     hold(
@@ -62,10 +67,30 @@ def check_terms(subject: Subject) -> None:
         noise = Stream.named(0, "testing", "targets").normal(0, classes).view(len(batch.targets), -1)
         soft = Batch(batch.images, noise.softmax(1), batch.index, batch.second_view)
         try:
-            out = _one_step(subject, subject.build(), soft)
+            out = _watched_step(subject, subject.build(), soft)
+        except ContractError:
+            raise
         except (RuntimeError, IndexError, DistillZooError) as error:
             hold(False, f"soft targets stop it ({error}), and it does not declare hard_labels; declare them in requires.")
         _check_output(subject, out, distiller, len(batch.images))
+
+
+def _watched_step(subject: Subject, distiller: Distiller, batch: Batch, *, given_trace: bool = False) -> StepOutput:
+    """Take a step of a distiller that is used for nothing else, and refuse one that writes into what it is given."""
+    terms_of, found = distiller.distill_terms, list[str]()
+
+    def watched(student: Trace, teacher: Trace | None, given: Batch) -> dict[str, Tensor]:
+        before = marked(trace_tensors(student))
+        terms = terms_of(student, teacher, given)
+        found.extend(f"the student's {name}" for name in written(before, trace_tensors(student)))
+        return terms
+
+    before = marked(batch_tensors(batch))
+    distiller.distill_terms = watched  # type: ignore[method-assign]
+    out = _one_step(subject, distiller, batch, given_trace=given_trace)
+    found.extend(f"the batch's {name}" for name in written(before, batch_tensors(batch)))
+    hold(not found, f"a step writes into {', '.join(found)}, which other members and the loop read; work on a copy.")
+    return out
 
 
 def _check_output(subject: Subject, out: StepOutput, distiller: Distiller, size: int) -> None:
@@ -92,7 +117,10 @@ def _check_output(subject: Subject, out: StepOutput, distiller: Distiller, size:
 
 @point(2, "every trainable tensor has a gradient")
 def check_gradients(subject: Subject) -> None:
-    """(2) A gradient exists (is not None) on every trainable tensor, in at least one of the phases."""
+    """(2) A gradient exists (is not None) on every trainable tensor, in at least one of the phases.
+
+    Every term has the largest weight that its schedule ever gives it there: one that begins at 0 trains its adapters later on.
+    """
     reached: set[str] = set()
     trainable: set[str] = set()
     for number in range(len(subject.build().phases())):
@@ -101,7 +129,9 @@ def check_gradients(subject: Subject) -> None:
         loop = Loop(subject, distiller)
         phase = distiller.phases()[number]
         loop.enter(phase)
-        distiller.set_progress(next(progress for planned, progress in loop.plan if planned == phase))
+        first = next(progress for planned, progress in loop.plan if planned == phase)
+        distiller.override_weights({name: _largest(schedule, phase, first) for name, schedule in distiller.weights.items()})
+        distiller.set_progress(first)
         loss = _one_step(subject, distiller, subject.batch()).loss
         hold(loss.requires_grad, f"the loss of phase {phase.name!r} needs no gradient: its terms reach none of its tensors.")
         loss.backward()  # type: ignore[no-untyped-call]
@@ -111,6 +141,13 @@ def check_gradients(subject: Subject) -> None:
         not missing,
         f"no gradient reaches {', '.join(missing)}; use these tensors in a term, freeze them, or keep them as buffers.",
     )
+
+
+def _largest(schedule: Schedule, phase: Phase, first: Progress) -> float:
+    """The largest weight that a schedule gives in a phase, of a long training where the recipe says how long it is."""
+    epochs = phase.epochs or _LONG_TRAINING
+    done = [replace(first, epoch=epoch, epochs=epochs, step=first.step + epoch * first.steps_per_epoch) for epoch in range(epochs)]
+    return max(*map(schedule, done), schedule.final() if phase.name == "main" else 0.0)
 
 
 @point(8, "any batch size")
@@ -133,10 +170,10 @@ def check_batch_sizes(subject: Subject) -> None:
 @point(9, "student and teacher of different shapes")
 def check_pairs(subject: Subject) -> None:
     """(9) Student and teacher differ in width, depth, stages and resolution, or the pair is refused in a sentence."""
-    for difference, make_pair in odd_pairs().items():
+    for difference, make_pair in odd_pairs(subject.data).items():
         other = subject.on(make_pair)
         try:
-            distiller = other.build()
+            distiller = _build_odd(other)
             loss = _one_step(other, distiller, other.batch()).loss
             loss.backward()  # type: ignore[no-untyped-call]
         except UnsupportedPairError as error:
@@ -149,6 +186,16 @@ def check_pairs(subject: Subject) -> None:
                 "the pair with UnsupportedPairError.",
             )
         hold(torch.isfinite(loss), f"the loss is {loss.item()} for {difference}; it must be finite.")
+
+
+def _build_odd(subject: Subject) -> Distiller:
+    """Build on an odd pair; options of the user that ask for what it lacks, as a stage by name, are a reason to refuse it."""
+    try:
+        return subject.build()
+    except OptionError as error:
+        if not subject.options:
+            raise
+        raise UnsupportedPairError(str(error)) from error
 
 
 @point(10, "the seed decides, not torch's generator")

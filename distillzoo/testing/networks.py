@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class TinyNet(nn.Module):
         blocks: Blocks of each stage.
         stem_stride: Stride of the stem.
         num_classes: Width of the logits.
+        channels: Channels of the images.
     Example:
         >>> TinyNet((4, 8))(torch.zeros(2, 3, 16, 16)).shape
         torch.Size([2, 5])
@@ -48,9 +50,17 @@ class TinyNet(nn.Module):
 
     classifier_path = "head"
 
-    def __init__(self, widths: Sequence[int] = (4, 6, 8), *, blocks: int = 1, stem_stride: int = 1, num_classes: int = 5) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int] = (4, 6, 8),
+        *,
+        blocks: int = 1,
+        stem_stride: int = 1,
+        num_classes: int = 5,
+        channels: int = 3,
+    ) -> None:
         super().__init__()
-        self.stem = _Block(3, widths[0], stem_stride)
+        self.stem = _Block(channels, widths[0], stem_stride)
         groups = []
         for number, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
             group = [_Block(before, width, 2 if number else 1)]
@@ -65,7 +75,7 @@ class TinyNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits ``(B, num_classes)`` of ``(B, 3, H, W)`` images."""
+        """Return the logits ``(B, num_classes)`` of ``(B, channels, H, W)`` images."""
         x: Tensor = self.stem(images)
         for group in self.groups:
             x = group(x)
@@ -81,17 +91,38 @@ class TinyTeacher(TinyNet):
         blocks: Blocks of each stage.
         stem_stride: Stride of the stem.
         num_classes: Width of the logits.
+        channels: Channels of the images.
     """
 
-    def __init__(self, widths: Sequence[int] = (6, 8, 12), *, blocks: int = 1, stem_stride: int = 1, num_classes: int = 5) -> None:
-        super().__init__(widths, blocks=blocks, stem_stride=stem_stride, num_classes=num_classes)
+    def __init__(
+        self,
+        widths: Sequence[int] = (6, 8, 12),
+        *,
+        blocks: int = 1,
+        stem_stride: int = 1,
+        num_classes: int = 5,
+        channels: int = 3,
+    ) -> None:
+        super().__init__(widths, blocks=blocks, stem_stride=stem_stride, num_classes=num_classes, channels=channels)
         with torch.no_grad():
-            self(torch.randn(8, 3, 16, 16))  # running statistics that are not the initial 0 and 1
+            self(torch.randn(8, channels, 16, 16))  # running statistics that are not the initial 0 and 1
 
 
-def tiny_pair() -> Pair:
-    """Make the battery's default student and teacher."""
-    return TinyNet(), TinyTeacher()
+def tiny_pair(data: DataSpec | None = None) -> Pair:
+    """Make the battery's default student and teacher.
+
+    Args:
+        data: Whose classes and channels they have; ``None``: those of :func:`tiny_data`.
+    """
+    student, teacher = _makers(data or tiny_data())
+    return student(), teacher()
+
+
+def _makers(data: DataSpec) -> tuple[partial[TinyNet], partial[TinyTeacher]]:
+    return (
+        partial(TinyNet, num_classes=data.num_classes, channels=data.channels),
+        partial(TinyTeacher, num_classes=data.num_classes, channels=data.channels),
+    )
 
 
 def tiny_data() -> DataSpec:
@@ -99,15 +130,20 @@ def tiny_data() -> DataSpec:
     return DataSpec(5, (16, 16), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), num_samples=12, targets=torch.arange(12) % 5)
 
 
-def odd_pairs() -> dict[str, PairMaker]:
-    """Return pairs that differ in one respect each, by what the difference is."""
+def odd_pairs(data: DataSpec) -> dict[str, PairMaker]:
+    """Return pairs that differ in one respect each, by what the difference is.
+
+    Args:
+        data: Whose classes and channels they have; they take images of any size.
+    """
+    student, teacher = _makers(data)
     return {
-        "a wider student": lambda: (TinyNet((8, 12, 16)), TinyTeacher((4, 6, 8))),
-        "a wider teacher": lambda: (TinyNet((4, 4, 4)), TinyTeacher((8, 12, 20))),
-        "a deeper student": lambda: (TinyNet(blocks=3), TinyTeacher()),
-        "a deeper teacher": lambda: (TinyNet(), TinyTeacher(blocks=2)),
-        "a student of fewer stages": lambda: (TinyNet((4, 8)), TinyTeacher((4, 6, 8))),
-        "a teacher of fewer stages": lambda: (TinyNet((4, 6, 8)), TinyTeacher((4, 8))),
-        "a student of half the resolution": lambda: (TinyNet(stem_stride=2), TinyTeacher()),
-        "a teacher of half the resolution": lambda: (TinyNet(), TinyTeacher(stem_stride=2)),
+        "a wider student": lambda: (student((8, 12, 16)), teacher((4, 6, 8))),
+        "a wider teacher": lambda: (student((4, 4, 4)), teacher((8, 12, 20))),
+        "a deeper student": lambda: (student(blocks=3), teacher()),
+        "a deeper teacher": lambda: (student(), teacher(blocks=2)),
+        "a student of fewer stages": lambda: (student((4, 8)), teacher((4, 6, 8))),
+        "a teacher of fewer stages": lambda: (student((4, 6, 8)), teacher((4, 8))),
+        "a student of half the resolution": lambda: (student(stem_stride=2), teacher()),
+        "a teacher of half the resolution": lambda: (student(), teacher(stem_stride=2)),
     }

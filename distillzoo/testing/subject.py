@@ -19,7 +19,7 @@ from distillzoo.streams import Stream, forked_generator
 from distillzoo.testing.networks import Pair, PairMaker, tiny_data, tiny_pair
 from distillzoo.types import Batch, DataSpec, Phase, Progress, StepOutput, Trace
 
-__all__ = ["Check", "ContractError", "Loop", "Subject", "TinyLoader", "difference", "hold", "point", "snapshot"]
+__all__ = ["Check", "ContractError", "Loop", "Subject", "TinyLoader", "hold", "point"]
 
 STEPS_PER_EPOCH = 2
 _MAIN_EPOCHS, _FIRST_EPOCHS = 2, 1
@@ -41,13 +41,14 @@ class Subject:
 
     Args:
         method: A registered name, a composition such as ``"vid+kd"``, or a subclass of :class:`~distillzoo.distiller.Distiller`.
-        make_pair: Makes student and teacher afresh. The networks must not draw (no dropout), or point 10 finds their draws.
+        make_pair: Makes student and teacher afresh; ``None`` takes tiny CNNs for the data. The networks must not draw (no dropout),
+            or point 10 finds their draws.
         options: The method's options; those that make it fast on small data.
         data: Data of the pair.
     """
 
     method: str | type[Distiller]
-    make_pair: PairMaker = tiny_pair
+    make_pair: PairMaker | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     data: DataSpec = field(default_factory=tiny_data)
 
@@ -63,7 +64,7 @@ class Subject:
     def pair(self) -> Pair:
         """Make the pair, with the same weights on every call."""
         with forked_generator(Stream.named(0, "testing", "pair")):
-            return self.make_pair()
+            return tiny_pair(self.data) if self.make_pair is None else self.make_pair()
 
     def build(
         self,
@@ -220,25 +221,6 @@ class Loop:
         assert self._optimizer is not None
         self._optimizer.load_state_dict(state["optimizer"])
         return self
-
-
-def snapshot(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Copy named tensors."""
-    return {name: tensor.detach().clone() for name, tensor in tensors}
-
-
-def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    """Return the names that are not in both or whose tensors are not equal bit for bit (NaN equals NaN)."""
-    names = [*before, *(name for name in after if name not in before)]
-    return [name for name in names if name not in before or name not in after or not _same(before[name], after[name])]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one, other) or (
-        torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num())
-    )
 
 
 Check = Callable[[Subject], None]
