@@ -210,9 +210,8 @@ def tapped_student(student: nn.Module, data: DataSpec, stages: Sequence[Stage | 
     ran = "run"
     try:
         tapped = Tapped(student, data, stages=stages)
-        ran, probe = "train", Probe(student, data)
-        with probe.training():  # some have branches that only run here, such as auxiliary classifiers, and need larger maps
-            student(probe.images)
+        ran = "train"
+        tapped.try_training()  # some have branches that only run here, such as auxiliary classifiers, and need larger maps
     except DistillZooError:
         raise
     except Exception as error:  # a network may raise anything at a size that it cannot take

@@ -11,7 +11,9 @@ Groups stand for several: ``stages``, ``stages.pre``, ``last``, ``last.pre``. Ho
 on the bare module by path; they record only while their own :class:`Tapped` runs the network.
 """
 
-from distillzoo.taps.tapped import Tapped, pair_from_deep_end, remove_hooks
+from distillzoo.taps.pairs import pair_from_deep_end
+from distillzoo.taps.recording import remove_hooks
+from distillzoo.taps.tapped import Tapped
 from distillzoo.taps.teacher import Ensemble, OwnView, Teacher
 from distillzoo.taps.within import TappedWithin
 

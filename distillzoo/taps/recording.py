@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from distillzoo.errors import TapError
 from distillzoo.stages import tensor_of
 
-__all__ = ["ActivationHook", "ActivationWatch", "Hook", "InputHook", "OutputHook", "Recorder"]
+__all__ = ["ActivationHook", "ActivationWatch", "Hook", "InputHook", "OutputHook", "Recorder", "remove_hooks"]
 
 _NAMES = ("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "hardswish", "hardtanh",
           "hardsigmoid", "sigmoid", "tanh", "clamp", "clamp_min")  # fmt: skip
@@ -35,10 +35,12 @@ class Recorder:
         self.values: dict[str, Tensor] = {}
         self.versions: dict[str, int] = {}
         self.activation: tuple[Tensor, Any] | None = None  # what the last function that activates took and returned
+        self.doubtful: Collection[str] = ()
+        self.unread: set[str] = set()  # the doubtful ones that found no activation
 
-    def start(self, images: int) -> None:
-        """Begin a pass of so many images."""
-        self.images = images
+    def start(self, images: int, doubtful: Collection[str] = ()) -> None:
+        """Begin a pass of so many images, in which some taps are doubtful: where there is no activation the output is read."""
+        self.images, self.doubtful, self.unread = images, doubtful, set()
         self.values, self.versions, self.activation, self.active = {}, {}, None, True
 
     def stop(self) -> None:
@@ -109,16 +111,23 @@ class ActivationHook(Hook):
     """Records what a module's last function took, a function such as ``relu`` that is no module."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
-        """Take what was kept of the function whose result is the output."""
+        """Take what was kept of the function whose result is the output, or of several tensors the one that is meant."""
         if not self.recorder.active:
             return
         found = self.recorder.activation
-        if found is None or found[1] is not output:
+        before = found[0] if found is not None and found[1] is tensor_of(output, self.recorder.images) else None
+        if self.name in self.recorder.doubtful:  # of several calls of a module the last one counts
+            if before is None:
+                self.recorder.unread.add(self.name)
+            else:
+                self.recorder.unread.discard(self.name)
+        elif before is None:
             raise TapError(
                 f"The tap {self.name!r} asks for what a {type(module).__name__} was before its activation, and its forward does "
-                "not end with a call of one; name a module that reads it, as 'path:input'."
+                f"not end with a call of one in {'training' if module.training else 'eval'} mode; name a module that reads it, as "
+                "'path:input'."
             )
-        self.recorder.record(self.name, found[0], self.clone)
+        self.recorder.record(self.name, output if before is None else before, self.clone)
 
 
 class ActivationWatch(TorchFunctionMode):
@@ -141,3 +150,12 @@ class ActivationWatch(TorchFunctionMode):
         output = func(*args, **kwargs)
         self.recorder.activation = (before, output)
         return output
+
+
+def remove_hooks(module: nn.Module) -> nn.Module:
+    """Remove this package's hooks from a module and all its children, in place."""
+    for child in module.modules():
+        for hooks in (child._forward_hooks, child._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+                del hooks[key]
+    return module

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distillzoo.errors import OptionError, TapError, near_matches
-from distillzoo.stages import Probe, classifier_input, find_stages, resolve_stages, split_path
+from distillzoo.stages import Probe, classifier_input, declared_stages, find_stages, resolve_stages, split_path
 from distillzoo.stages.layouts import as_view, pooled_view
-from distillzoo.taps.recording import ActivationHook, ActivationWatch, Hook, InputHook, OutputHook, Recorder
+from distillzoo.taps.outputs import logits_of
+from distillzoo.taps.recording import ActivationHook, ActivationWatch, InputHook, OutputHook, Recorder
 from distillzoo.types import DataSpec, Layout, Stage, Trace
 
-__all__ = ["Tapped", "pair_from_deep_end", "remove_hooks"]
+__all__ = ["Tapped"]
 
 
 _NO_POOLED = " Name the classifier's input with taps={...: {'pooled': 'path:input'}}, or use a method that reads logits alone (kd)."
@@ -67,8 +69,17 @@ class Tapped:
             self.stages = find_stages(module, probe)
         else:
             self.stages, extra = resolve_stages(module, stages, probe)
+        self._doubtful = self._found_in_graph(stages) - extra.keys()
         self._taps = self._table(extra, None if "pooled" in extra else classifier_input(module, probe))
         self._measure(probe)
+
+    def _found_in_graph(self, given: Sequence[Stage | str] | Mapping[str, Stage | str] | None) -> set[str]:
+        """The taps before a function that were not named, but found by what made a stage in eval mode."""
+        said: set[Stage | str] = set(declared_stages(self.module) or ())
+        if given is not None:
+            said.update(given.values() if isinstance(given, Mapping) else given)
+        found = enumerate(self.stages, 1)
+        return {f"stage{n}.pre" for n, stage in found if stage not in said and (stage.pre or "").endswith(":activation")}
 
     def _table(self, extra: Mapping[str, Stage], pooled: str | None) -> dict[str, tuple[str, Layout]]:
         taps: dict[str, tuple[str, Layout]] = {}
@@ -97,16 +108,39 @@ class Tapped:
         }
         self.shapes = {name: self._views[name](value).shape[1:] for name, value in values.items()}
 
+    def try_training(self) -> None:
+        """Run the dry batch in training mode as well, as a student will run: there it may return more, or end its blocks otherwise.
+
+        A stage whose function that activates can be read in eval mode alone (dropout comes after it) ends without one from now on.
+
+        Raises:
+            ShapeError: If what it returns holds no logits.
+        """
+        probe = Probe(self.module, self.data)
+        with self._hooked(self._doubtful), probe.training():
+            output, _ = self._noted(probe, self._doubtful)
+            logits_of(self.module, output, len(probe.images), self.num_classes, self.role)
+
     def _dry(self, probe: Probe, *, dropping: bool = False) -> tuple[Any, dict[str, Tensor]]:
-        """Run the dry batch and note which taps are overwritten."""
         with probe.evaluating(dropping=dropping):
-            self._recorder.start(len(probe.images))
-            try:
-                logits, values = self._watched(probe.images, self._taps), self._recorder.values
-                self._clones.update(self._recorder.overwritten())
-            finally:
-                self._recorder.stop()
-        return logits, values
+            return self._noted(probe, self._taps)
+
+    def _noted(self, probe: Probe, names: Iterable[str]) -> tuple[Any, dict[str, Tensor]]:
+        """Run the dry batch and note which taps are overwritten, and which are before no activation."""
+        self._recorder.start(len(probe.images), self._doubtful)
+        try:
+            output, values = self._watched(probe.images, names), self._recorder.values
+            self._clones.update(self._recorder.overwritten())
+            self._end_bare(self._recorder.unread)
+        finally:
+            self._recorder.stop()
+        return output, values
+
+    def _end_bare(self, names: set[str]) -> None:
+        """Let stages end without an activation: their taps before it are their outputs."""
+        stages = {f"stage{number}.pre": stage for number, stage in enumerate(self.stages, 1)}
+        self.stages = tuple(replace(stage, pre=None, norm=None) if name in names else stage for name, stage in stages.items())
+        self._taps |= {name: (stages[name].path, stages[name].layout) for name in names}
 
     @contextmanager
     def _hooked(self, names: Iterable[str]) -> Iterator[None]:
@@ -225,8 +259,8 @@ class Tapped:
         self._recorder.start(len(images))
         try:
             logits = self._watched(images, self._requested)
-            if not isinstance(logits, Tensor):  # auxiliary classifiers return theirs as well, in training mode alone
-                logits = next(item for item in logits if isinstance(item, Tensor))
+            if not isinstance(logits, Tensor):  # in training mode alone
+                logits = logits_of(self.module, logits, len(images), self.num_classes, self.role)
             values = self._recorder.values
             self._check_reached(values, self._requested)
             if not torch.compiler.is_compiling():
@@ -276,23 +310,3 @@ def split_and_get(module: nn.Module, path: str) -> nn.Module:
             f"{type(module).__name__} has no module {name!r}; the nearest paths are {', '.join(near)}. "
             "A tap is a module path, with ':input' after it for the module's input."
         ) from None
-
-
-def remove_hooks(module: nn.Module) -> nn.Module:
-    """Remove this package's hooks from a module and all its children, in place."""
-    for child in module.modules():
-        for hooks in (child._forward_hooks, child._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
-                del hooks[key]
-    return module
-
-
-def pair_from_deep_end(student: Sequence[str], teacher: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Pair two lists of taps one to one from the deep end; the longer list loses its shallow ones.
-
-    Example:
-        >>> pair_from_deep_end(["stage1", "stage2"], ["stage1", "stage2", "stage3"])
-        (('stage1', 'stage2'), ('stage2', 'stage3'))
-    """
-    count = min(len(student), len(teacher))
-    return tuple(zip(student[len(student) - count :], teacher[len(teacher) - count :], strict=True))

@@ -39,6 +39,7 @@ class TappedWithin(Tapped):
         self._claimed = True
         self._recorder = Recorder()
         self._clones: set[str] = set()
+        self._doubtful: set[str] = set()
         self._requested: dict[str, None] = {}
         self._taps = dict(net._taps)
         self._net, self._within = net, within
