@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -83,12 +84,14 @@ class Composition(Distiller):
         return {name: member for name, member in self.members.items() if isinstance(member, Distiller)}
 
     def distill_terms(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
-        """Return every member's terms under ``member.term``."""
-        return {
-            f"{name}.{term}": value
-            for name, member in self._named().items()
-            for term, value in member.distill_terms(student, teacher if member.requires.teacher else None, batch).items()
-        }
+        """Return every member's terms under ``member.term``; a member sees no teacher and no second view but those it requires."""
+        one_view = replace(student, second=None), replace(batch, second_view=None)
+        terms: dict[str, Tensor] = {}
+        for name, member in self._named().items():
+            own, given = (student, batch) if member.requires.second_view else one_view
+            found = member.distill_terms(own, teacher if member.requires.teacher else None, given)
+            terms |= {f"{name}.{term}": value for term, value in found.items()}
+        return terms
 
     def phases(self) -> Sequence[Phase]:
         """Return the members' first phases one after the other, then the main one."""

@@ -78,6 +78,25 @@ class Replaces(Doubles):
 Replaces.predict = Distiller.predict
 
 
+class Views(Distiller):
+    requires = Requires(second_view=True, teacher=False)
+    weight_presets = {"default": {"views": 1.0}}
+
+    def distill_terms(self, student, teacher, batch):
+        return {"views": F.mse_loss(student.logits, student.second.logits)}
+
+
+class Curious(Distiller):
+    """Asks for nothing and takes whatever it is handed."""
+
+    requires = Requires(teacher=False)
+    weight_presets = {"default": {"found": 1.0}}
+
+    def distill_terms(self, student, teacher, batch):
+        found = (teacher is not None) + (batch.second_view is not None) + (student.second is not None)
+        return {"found": student.logits.mean() * float(found)}
+
+
 class ExportsAlone(Hint):
     """Overrides the export without overriding predict or restructuring."""
 
@@ -93,6 +112,7 @@ class ExportsAlone(Hint):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     named = {"hint": Hint, "index": Index, "doubles": Doubles, "replaces": Replaces, "exports": ExportsAlone}
+    named |= {"views": Views, "curious": Curious}
     for name, method in named.items():
         monkeypatch.setitem(DISTILLERS._items, f"test_{name}", method)
 
@@ -254,3 +274,10 @@ def test_a_composition_has_two_members():
 def test_a_members_adapters_start_alike_in_any_order():
     one, other = build("test_hint+test_exports"), build("test_exports+test_hint")
     assert torch.equal(one.members["test_hint"].regressor.weight, other.members["test_hint"].regressor.weight)
+
+
+def test_a_member_sees_what_it_requires_and_nothing_of_what_others_do():
+    distiller = build("test_curious+test_views+test_hint")
+    out = distiller(IMAGES, TARGETS, second_view=IMAGES.flip(3))
+    assert out.terms["test_curious.found"] == 0.0
+    assert out.terms["test_views.views"] > 0.0
