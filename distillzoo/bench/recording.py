@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -21,7 +22,8 @@ __all__ = ["Exported", "GroupRecorder", "describe_classes", "metrics_line", "sav
 _SAVE_SECONDS = 20.0  # between two checkpoints of a group: epochs of digits take less than a second
 
 
-class Exported(NamedTuple):
+@dataclass(frozen=True)
+class Exported:
     """What a member hands over at its end.
 
     Args:
