@@ -15,7 +15,6 @@ from distillzoo.errors import DistillZooError, OptionError, ShapeError, failure_
 from distillzoo.registry import DISTILLERS
 from distillzoo.stages import Probe
 from distillzoo.taps import Tapped, Teacher
-from distillzoo.taps.inputs import check_input_kept
 from distillzoo.types import DataSpec, Stage
 
 __all__ = ["check_arguments", "check_classes", "check_taps", "measured_data", "tapped_student", "unchanged_if_refused"]
@@ -204,6 +203,7 @@ def tapped_student(student: nn.Module, data: DataSpec, stages: Sequence[Stage | 
         data: Size of the images.
         stages: As for :class:`Tapped`.
     Raises:
+        OptionError: If it writes to the images.
         TapError: As for :class:`Tapped`.
         ShapeError: If it does not run on images of that size, in eval or in training mode, or returns no logits.
     """
@@ -224,16 +224,15 @@ def tapped_student(student: nn.Module, data: DataSpec, stages: Sequence[Stage | 
 
 
 def check_classes(student: Tapped, teacher: Teacher | None, num_classes: int | None) -> None:
-    """Refuse a pair of other classes than those asked for, or of different ones, floating types or devices.
+    """Refuse a pair of other classes than those asked for, or of different ones or floating types.
 
     Args:
         student: The student.
         teacher: The teacher, if there is one.
         num_classes: The number of classes that was asked for; ``None`` takes the student's.
     Raises:
-        OptionError: If they disagree, or the student writes to the images.
+        OptionError: If they disagree.
     """
-    check_input_kept(_trained_on(student), student.role)
     if num_classes is not None and student.num_classes != num_classes:
         raise OptionError(
             f"The student {type(student.module).__name__} has {student.num_classes} classes and num_classes is {num_classes}; "
@@ -243,21 +242,8 @@ def check_classes(student: Tapped, teacher: Teacher | None, num_classes: int | N
         own, theirs = (next((p for p in net.module.parameters() if p.is_floating_point()), None) for net in (student, teacher))
         if own is not None and theirs is not None and own.dtype != theirs.dtype:
             raise OptionError(f"The student computes in {own.dtype} and the teacher in {theirs.dtype}; cast one of them.")
-        if own is not None and theirs is not None and own.device != theirs.device:
-            raise OptionError(
-                f"The student lies on {own.device} and the teacher on {theirs.device}; move one of them before, or both after: "
-                "a distiller takes its teacher along, distiller.to(device)."
-            )
     if teacher is not None and teacher.num_classes != student.num_classes:
         raise OptionError(
             f"The teacher {type(teacher.module).__name__} has {teacher.num_classes} classes and the student "
             f"{type(student.module).__name__} has {student.num_classes}; they must agree."
         )
-
-
-def _trained_on(student: Tapped) -> Probe:
-    """Return a dry batch on which the student ran in training mode, in which dropout may work in place on the images themselves."""
-    probe = Probe(student.module, student.data)
-    with probe.training():
-        student.module(probe.images)
-    return probe

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distillzoo.errors import OptionError, TapError, near_matches
 from distillzoo.stages import Probe, classifier_input, declared_stages, find_stages, resolve_stages, split_path
 from distillzoo.stages.layouts import as_view, pooled_view
+from distillzoo.taps.inputs import check_input_kept
 from distillzoo.taps.outputs import logits_of
 from distillzoo.taps.recording import ActivationHook, ActivationWatch, InputHook, OutputHook, Recorder
 from distillzoo.types import DataSpec, Layout, Stage, Trace
@@ -115,11 +116,13 @@ class Tapped:
 
         Raises:
             ShapeError: If what it returns holds no logits.
+            OptionError: If it writes to the images.
         """
         probe = Probe(self.module, self.data)
         with self._hooked(self._doubtful), probe.training():
             output, _ = self._noted(probe, self._doubtful)
             logits_of(self.module, output, len(probe.images), self.num_classes, self.role)
+        check_input_kept(probe, self.role)  # dropout may work in place on the images themselves
 
     def _dry(self, probe: Probe, *, dropping: bool = False) -> tuple[Any, dict[str, Tensor]]:
         with probe.evaluating(dropping=dropping):

@@ -86,7 +86,7 @@ def _watched_step(subject: Subject, distiller: Distiller, batch: Batch, *, given
         return terms
 
     before = marked(batch_tensors(batch))
-    distiller.distill_terms = watched  # type: ignore[method-assign]
+    vars(distiller)["distill_terms"] = watched
     out = _one_step(subject, distiller, batch, given_trace=given_trace)
     found.extend(f"the batch's {name}" for name in written(before, batch_tensors(batch)))
     hold(not found, f"a step writes into {', '.join(found)}, which other members and the loop read; work on a copy.")
