@@ -20,7 +20,7 @@ __all__ = ["Record", "RecordStore", "canonical_json", "content_id"]
 
 ID_LENGTH = 16
 REFUSED = "refused.json"
-_GUARDED = ("recipe.yaml", "env.json", "metrics.jsonl", "student.safetensors", "model.safetensors")
+_GUARDED = ("recipe.yaml", "metrics.jsonl", "student.safetensors", "model.safetensors")
 
 
 def canonical_json(value: object) -> str:

@@ -59,11 +59,13 @@ def test_parts_run_once_and_are_kept_as_records_and_tables(tmp_path: Path) -> No
     assert (tmp_path / "results" / "mine" / "evidence.txt").read_text() == text, "the records that are kept are enough"
 
 
-def test_the_committed_evidence_is_what_its_records_make(tmp_path: Path) -> None:
-    kept = ROOT / "benchmarks" / "results" / "kdiffusion"
-    options = ["--table-only", "--output", str(kept), "--results", str(tmp_path)]
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("evidence_*.yaml")), ids=lambda path: path.stem)
+def test_the_committed_evidence_is_what_its_records_make(path: Path, tmp_path: Path) -> None:
+    name, _ = load_parts(path)
+    kept = ROOT / "benchmarks" / "results" / name
+    options = ["--list", str(path), "--table-only", "--output", str(kept), "--results", str(tmp_path)]
     assert main(options, Console(io.StringIO(), io.StringIO())) == 0
-    assert (tmp_path / "kdiffusion" / "evidence.txt").read_text() == (kept / "evidence.txt").read_text()
+    assert (tmp_path / name / "evidence.txt").read_text() == (kept / "evidence.txt").read_text()
 
 
 def test_kept_evidence_is_never_overwritten_by_gaps(tmp_path: Path) -> None:

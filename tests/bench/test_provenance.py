@@ -58,4 +58,3 @@ def test_a_record_holds_the_accuracy_of_what_is_exported(finished: Path) -> None
         result = store.result(store.record(folder.name))
         assert result is not None
         assert result["exported_accuracy"] == result["last_accuracy"], "nothing is folded away here"
-        assert "env.json" in result["files"], "captions are made from it"
