@@ -14,22 +14,13 @@ from benchmarks.publish import Shelf, make_view, section_text
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.rst").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^\.\. table: (\w+) begin\n(.*?)^\.\. table: \1 end$", README, re.DOTALL | re.MULTILINE))
-STALE = {
-    "cifar100_cpu": "the records of its three seeds are still being made, and its section says so",
-}
 
 
 def test_every_table_is_looked_at() -> None:
     assert len(SECTIONS) == len(re.findall(r"^\.\. table:", README, re.MULTILINE)) / 2 > 0
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=STALE[name]) if name in STALE else ())
-        for name in SECTIONS
-    ],
-)
+@pytest.mark.parametrize("name", SECTIONS)
 def test_a_section_is_what_the_committed_records_make(name: str) -> None:
     command = re.match(r"\n``python benchmarks/run_table\.py(.*?)``::", SECTIONS[name])
     assert command is not None
