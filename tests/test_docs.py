@@ -14,7 +14,7 @@ from docutils.core import publish_doctree
 from docutils.utils import SystemMessage
 
 from distillzoo.bench.cli import main
-from distillzoo.bench.recipe import load_recipe
+from distillzoo.bench.recipe import Pair, load_recipe
 from distillzoo.bench.rows import load_table, select_rows
 from distillzoo.distiller import Distiller
 from distillzoo.registry import DISTILLERS
@@ -130,15 +130,15 @@ def test_the_readme_names_every_method():
     assert sorted(set(re.findall(r"``(\w+)``", section))) == sorted(OURS)
 
 
-def test_recipes_of_the_guide_are_recipes(tmp_path):
+def test_recipes_and_tables_of_the_guide_are_such(tmp_path):
     text = (ROOT / "docs" / "guide" / "benchmarks.rst").read_text(encoding="utf-8")
-    blocks = code_blocks(text, "yaml")
-    assert blocks
-    for _, block in blocks:
-        file = tmp_path / "recipe.yaml"
-        file.write_text(block, encoding="utf-8")
-        recipe = load_recipe(file)
-        select_rows(load_table(recipe.table or recipe.dataset), recipe)
+    recipe_file, table_file = tmp_path / "recipe.yaml", tmp_path / "table.yaml"
+    recipe_block, table_block = (block for _, block in code_blocks(text, "yaml"))
+    recipe_file.write_text(recipe_block, encoding="utf-8")
+    table_file.write_text(table_block, encoding="utf-8")
+    recipe = load_recipe(recipe_file)
+    select_rows(load_table(recipe.table or recipe.dataset), recipe)
+    assert [row.describe(Pair.parse(recipe.pairs[0]))["options"]["temperature"] for row in load_table(str(table_file)).rows] == [4.0, 8.0]
 
 
 def test_every_table_of_the_readme_is_in_the_documentation():
@@ -189,7 +189,7 @@ def test_a_method_shows_how_it_is_used(name):
 
 @pytest.mark.parametrize("name", sorted(OURS))
 def test_a_method_is_listed_where_it_belongs(name):
-    """The file has the registered name, or what is before ``_`` in a variant's, and the pure losses of the file are public."""
+    """The file has the registered name, or what is before ``_`` in a variant's."""
     module = inspect.getmodule(OURS[name])
     assert module.__name__ in (f"distillzoo.methods.{name}", f"distillzoo.methods.{name.partition('_')[0]}")
 

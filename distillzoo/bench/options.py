@@ -92,7 +92,7 @@ def _parser() -> _Parser:
     add("--threads", metavar="N", help="threads of torch on the CPU")
     add("--minutes", metavar="N", help="stop at the end of an epoch after so long; the same command goes on")
     add("--executor", default="serial", metavar="serial|ray|slurm", help="who runs the groups (ray and slurm come later)")
-    add("--table", metavar="NAME", help="table file: which rows there are")
+    add("--table", metavar="NAME|FILE", help="table file: which rows there are")
     add("--teacher", metavar="NAME", help="this network teaches in every pair")
     add("--teacher-checkpoint", metavar="FILE", help="the teacher's weights (.safetensors or .pt), in place of training it")
     add(
