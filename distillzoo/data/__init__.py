@@ -1,11 +1,6 @@
 """Data sets and their loaders."""
 
-from distillzoo.data import cifar100 as _cifar100  # noqa: F401  registers itself
-from distillzoo.data import digits as _digits  # noqa: F401
-from distillzoo.data import folder as _folder  # noqa: F401
-from distillzoo.data import imagenet100 as _imagenet100  # noqa: F401
-from distillzoo.data import packed as _packed  # noqa: F401
-from distillzoo.data import synthetic as _synthetic  # noqa: F401
+from distillzoo.data import cifar100, digits, folder, imagenet100, packed, synthetic  # noqa: F401 - this registers them
 from distillzoo.data.arrays import Augment, Split, crop_flip, normalise
 from distillzoo.data.base import DATASETS, SPLITS, DataSet, ResidentDataSet, SplitName, load_dataset, training_spec
 from distillzoo.data.class_lists import CLASS_LISTS, ClassList, find_class_list, imagenet_rows, imagenet_wnids

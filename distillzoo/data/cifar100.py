@@ -13,7 +13,6 @@ from distillzoo.errors import DataError, OptionError
 
 __all__ = ["cifar100"]
 
-_NUMBER = {"train": 50_000, "test": 10_000}
 _HELD_OUT_PER_CLASS = 50  # 5,000 of the 50,000 training images
 _MEAN, _STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # the constants of the published comparisons
 _URL = "https://www.cs.toronto.edu/~kriz/" + files.ARCHIVE
@@ -44,7 +43,7 @@ def cifar100(*, root: str | PathLike[str] | None = None, split: SplitName = "tes
     place = files.find(folder)
     content = files.read_files(place)
     class_names = files.parse_names(content.pop("meta"), place / "meta")
-    train, evaluation = (files.parse_split(content.pop(part), place / part, number) for part, number in _NUMBER.items())
+    train, evaluation = (files.parse_split(content.pop(part), place / part) for part in ("train", "test"))
     if split == "heldout":
         train, evaluation = hold_out(train, _HELD_OUT_PER_CLASS, "cifar100", "heldout")
     return ResidentDataSet(

@@ -7,14 +7,13 @@ What a file is, its content decides, not its name. EXIF orientation is not appli
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from distillzoo.errors import DataError
 
-__all__ = ["EXTENSIONS", "MAX_PIXELS", "Inspection", "inspect_image", "read_image", "unusable"]
+__all__ = ["EXTENSIONS", "MAX_PIXELS", "inspect_image", "read_image", "unusable"]
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Ends of the names of image files, in any case."""
@@ -24,19 +23,6 @@ MAX_PIXELS = 89_478_485
 _ALLOWED = (
     f"allowed are greyscale, colour, palette and CMYK images of 8 bits, or 16 bits of grey, with at most {MAX_PIXELS:,} pixels"
 )
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a look at an image file found.
-
-    Args:
-        size: Height and width in pixels, 0 and 0 where there is a fault.
-        fault: Why the file cannot be used; empty if it can.
-    """
-
-    size: tuple[int, int]
-    fault: str = ""
 
 
 class _FaultError(Exception):
@@ -57,23 +43,25 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise unusable(os.fspath(path), _reason(error)) from error
 
 
-def inspect_image(path: str | os.PathLike[str], *, decode: bool = False) -> Inspection:
+def inspect_image(path: str | os.PathLike[str], *, decode: bool = False) -> tuple[int, int] | str:
     """Look at an image file without raising.
 
     Args:
         path: The file.
         decode: Whether to decode its pixels too, which is slow and finds files that break off in the middle; otherwise the head
             of the file is looked at.
+    Returns:
+        Height and width in pixels, or why the file cannot be used.
     """
     try:
         if decode:
             image = _decode(path)
-            return Inspection((image.height, image.width))
+            return image.height, image.width
         with open(path, "rb") as file, Image.open(file) as image:
             _check(image)
-            return Inspection((image.height, image.width))
+            return image.height, image.width
     except Exception as error:
-        return Inspection((0, 0), _reason(error))
+        return _reason(error)
 
 
 def unusable(path: str, reason: str, others: int = 0) -> DataError:

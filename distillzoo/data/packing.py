@@ -130,7 +130,7 @@ def pack_folder(
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        index = _write(tree, partial, short_side, advance or _silent)
+        index = _write(tree, partial, short_side, advance or (lambda *_: None))
         partial.replace(place)
     except DataError:  # a file that cannot be used: what was written until then is of no use
         shutil.rmtree(partial, ignore_errors=True)
@@ -239,10 +239,6 @@ def _decoded(listing: Listing, short_side: int) -> Iterator[np.ndarray[Any, np.d
     with ThreadPoolExecutor(available_cpus()) as pool:
         for start in range(0, len(listing), _AHEAD):
             yield from pool.map(decode, listing.names[start : start + _AHEAD])
-
-
-def _silent(done: int, total: int) -> None:
-    """Tell nobody."""
 
 
 def _sync(file: BinaryIO) -> None:

@@ -295,11 +295,13 @@ def _inspect(listing: Listing, classes: Sequence[str], skip_bad: bool) -> tuple[
     """Fill the sizes in; refuse or leave out the files that cannot be used."""
     with ThreadPoolExecutor(available_cpus()) as pool:
         looks = list(pool.map(lambda name: inspect_image(listing.root / name, decode=skip_bad), listing.names))
-    bad = [row for row, look in enumerate(looks) if look.fault]
+    bad = {row: look for row, look in enumerate(looks) if isinstance(look, str)}
     if bad and not skip_bad:
-        raise unusable(str(listing.root / listing.names[bad[0]]), looks[bad[0]].fault, len(bad) - 1)
-    sized = Listing(listing.root, listing.names, listing.targets, torch.tensor([look.size for look in looks]))
-    good = sized.take(torch.tensor([row for row, look in enumerate(looks) if not look.fault], dtype=torch.int64))
+        row, fault = next(iter(bad.items()))
+        raise unusable(str(listing.root / listing.names[row]), fault, len(bad) - 1)
+    sizes = torch.tensor([(0, 0) if isinstance(look, str) else look for look in looks])
+    sized = Listing(listing.root, listing.names, listing.targets, sizes)
+    good = sized.take(torch.tensor([row for row in range(len(looks)) if row not in bad], dtype=torch.int64))
     for label, name in enumerate(classes):
         if bad and not bool((good.targets == label).any()):
             raise DataError(
