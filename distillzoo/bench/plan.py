@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from distillzoo.bench.recipe import Pair, Recipe
-from distillzoo.bench.records import canonical_json, content_id, file_sha256
+from distillzoo.bench.records import canonical_json, content_id
 from distillzoo.bench.rows import Row, TableSpec, select_rows
 from distillzoo.bench.views import describe_view, published_weights
 from distillzoo.data import DataSet
+from distillzoo.data.packing import file_sha256
 from distillzoo.engine import TrainConfig
 from distillzoo.errors import OptionError
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 import torch
 
 from distillzoo.bench.yamls import dump_yaml
+from distillzoo.data.packing import file_sha256
 from distillzoo.errors import OptionError, RecordError
 
 __all__ = ["Record", "RecordStore", "canonical_json", "content_id"]
@@ -62,12 +63,6 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 class Record:

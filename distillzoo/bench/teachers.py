@@ -17,11 +17,12 @@ from distillzoo.bench.networks import count_parameters, make_network
 from distillzoo.bench.plan import TeacherJob
 from distillzoo.bench.progress import GroupProgress
 from distillzoo.bench.recording import Exported, describe_classes, metrics_line, save_weights
-from distillzoo.bench.records import Record, RecordStore, file_sha256
+from distillzoo.bench.records import Record, RecordStore
 from distillzoo.bench.training import GroupTask
 from distillzoo.bench.views import as_view
 from distillzoo.build import build_distiller
 from distillzoo.data import imagenet_rows, imagenet_wnids
+from distillzoo.data.packing import file_sha256
 from distillzoo.distiller import Distiller
 from distillzoo.engine import MemberResult, evaluate_all
 from distillzoo.errors import OptionError, RecordError

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks.publish import KEEP_BELOW, Shelf, main, shown
-from distillzoo.bench.records import Record, file_sha256
+from distillzoo.bench.records import Record
+from distillzoo.data.packing import file_sha256
 from distillzoo.models import create_model
 from tests.bench.conftest import records
 

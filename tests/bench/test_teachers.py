@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from distillzoo.bench.plan import make_plan
 from distillzoo.bench.provenance import teachers_sentence
 from distillzoo.bench.recipe import Recipe, make_recipe
-from distillzoo.bench.records import Record, file_sha256
+from distillzoo.bench.records import Record
 from distillzoo.bench.rows import load_table
 from distillzoo.bench.table import make_table
 from distillzoo.data import DataSet
+from distillzoo.data.packing import file_sha256
 from distillzoo.models import create_model
 from tests.bench.conftest import TINY, Call, Stop, records
 
