@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -43,7 +42,7 @@ def check_count(name: str, value: object, least: int) -> None:
         raise OptionError(f"{name} must be an integer of at least {least}; got {value!r}. Pass {name}={least} or more.")
 
 
-class Network(nn.Module, ABC):
+class Network(nn.Module):
     """A plain classifier, ``(B, in_channels, H, W)`` images to ``(B, num_classes)`` logits, that declares where its features are.
 
     Its ``forward`` has no switches: every tensor that somebody may want to tap is the input or output of a module. For that reason
@@ -65,6 +64,9 @@ class Network(nn.Module, ABC):
     published_keys: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Regular expressions and replacements that turn the keys of the literature's published checkpoints into ours."""
 
+    stages: tuple[Stage, ...]
+    """The stages of the network, shallow to deep, the stem not among them."""
+
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()
         check_count("num_classes", num_classes, 2)
@@ -76,11 +78,6 @@ class Network(nn.Module, ABC):
     def default_cfg(self) -> dict[str, object]:
         """What images the network was designed for, ``input_size`` as (channels, height, width), by the name that timm uses."""
         return {"input_size": (self.in_channels, *self.input_size), "num_classes": self.num_classes}
-
-    @property
-    @abstractmethod
-    def stages(self) -> tuple[Stage, ...]:
-        """The stages of the network, shallow to deep, the stem not among them."""
 
 
 def initialise(network: nn.Module, *, linear_std: float | None = None, zero_linear_bias: bool = False) -> None:

@@ -13,7 +13,7 @@ import math
 from torch import Tensor, nn
 
 from distillzoo.errors import OptionError
-from distillzoo.models.base import Network, check_count, initialise, register_model
+from distillzoo.models.base import MODELS, Network, check_count, initialise
 from distillzoo.types import Stage
 
 __all__ = ["InvertedResidual", "MobileNetV2"]
@@ -93,18 +93,13 @@ class MobileNetV2(Network):
         self.relu2 = nn.ReLU()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(last, num_classes)
-        self._stages = tuple(self._stage(number) for number in _TAPPED)
+        self.stages = tuple(self._stage(number) for number in _TAPPED)
         initialise(self, linear_std=0.01, zero_linear_bias=True)
 
     @staticmethod
     def _stage(number: int) -> Stage:
         block = f"blocks.{number}.{_DEPTHS[number] - 1}"
         return Stage(f"blocks.{number}", None, f"{block}.project", f"{block}.bn3", layout="nchw")
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """The linear bottlenecks before the resolution falls, and the last one."""
-        return self._stages
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(B, num_classes)`` logits of ``(B, in_channels, H, W)`` images."""
@@ -114,4 +109,4 @@ class MobileNetV2(Network):
         return logits
 
 
-register_model("mobilenetv2")(MobileNetV2)
+MODELS.register("mobilenetv2")(MobileNetV2)

@@ -132,20 +132,15 @@ class ResNet(Network):
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
             conv, norm, relu = (f"layer{number}.{depth - 1}.{name}" for name in block.last)
             stages.append(Stage(f"layer{number}", f"{relu}:input", conv, norm, norm, layout="nchw"))
-        self._stages = tuple(stages)
+        self.stages = tuple(stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
 
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """One a group: after the activation of its last block, and before it (the sum)."""
-        return self._stages
-
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(B, num_classes)`` logits of ``(B, in_channels, H, W)`` images."""
         x = self.relu(self.bn1(self.conv1(images)))
-        for stage in self._stages:
+        for stage in self.stages:
             x = getattr(self, stage.path)(x)
         logits: Tensor = self.fc(self.pool(x).flatten(1))
         return logits

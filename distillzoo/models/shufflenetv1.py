@@ -106,19 +106,14 @@ class ShuffleNetV1(Network):
             conv, norm = f"{unit}.conv3", f"{unit}.bn3"
             stages.append(Stage(f"layer{number}", f"{unit}.relu3:input", conv, norm, norm, layout="nchw"))
             channels = width
-        self._stages = tuple(stages)
+        self.stages = tuple(stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """One a group: after the activation of its last unit, and before it (the sum)."""
-        return self._stages
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(B, num_classes)`` logits of ``(B, in_channels, H, W)`` images."""
         x = self.stem_pool(self.relu1(self.bn1(self.conv1(images))))
-        for stage in self._stages:
+        for stage in self.stages:
             x = getattr(self, stage.path)(x)
         logits: Tensor = self.fc(self.pool(x).flatten(1))
         return logits

@@ -121,22 +121,17 @@ class ShuffleNetV2(Network):
             branch = f"layer{number}.{depth - 1}.branch"
             stages.append(Stage(f"layer{number}", linear=f"{branch}.conv3", linear_norm=f"{branch}.bn3", layout="nchw"))
             channels = width
-        self._stages = tuple(stages)
+        self.stages = tuple(stages)
         self.conv2 = nn.Conv2d(channels, last, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(last)
         self.relu2 = nn.ReLU()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(last, num_classes)
 
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """One a group: the joined and shuffled halves, which have no pre-activation."""
-        return self._stages
-
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(B, num_classes)`` logits of ``(B, in_channels, H, W)`` images."""
         x = self.relu1(self.bn1(self.conv1(images)))
-        for stage in self._stages:
+        for stage in self.stages:
             x = getattr(self, stage.path)(x)
         x = self.relu2(self.bn2(self.conv2(x)))
         logits: Tensor = self.fc(self.pool(x).flatten(1))

@@ -38,7 +38,7 @@ class TinyCNN(Network):
         self.stage3 = self._layers(2 * width, 4 * width, 2, depth)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(4 * width, num_classes)
-        self._stages = tuple(self._stage(number, depth) for number in (1, 2, 3))
+        self.stages = tuple(self._stage(number, depth) for number in (1, 2, 3))
         initialise(self)
 
     @staticmethod
@@ -53,11 +53,6 @@ class TinyCNN(Network):
     def _stage(number: int, depth: int) -> Stage:
         conv, norm, relu = (f"stage{number}.{3 * depth - 3 + i}" for i in range(3))
         return Stage(f"stage{number}", f"{relu}:input", conv, norm, norm, layout="nchw")
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """The three stages: after their last activation, and before it."""
-        return self._stages
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(B, num_classes)`` logits of ``(B, in_channels, H, W)`` images."""

@@ -50,7 +50,7 @@ class VGG(Network):
         self.pool = nn.MaxPool2d(2, 2)
         self.average = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, num_classes)
-        self._stages = tuple(self._stage(number, depths[number]) for number in range(1, len(_WIDTHS)))
+        self.stages = tuple(self._stage(number, depths[number]) for number in range(1, len(_WIDTHS)))
         initialise(self, linear_std=0.01, zero_linear_bias=True)
 
     @staticmethod
@@ -65,11 +65,6 @@ class VGG(Network):
     def _stage(number: int, depth: int) -> Stage:
         conv, norm, relu = (f"block{number}.{3 * depth - 3 + i}" for i in range(3))
         return Stage(f"block{number}", f"{relu}:input", conv, norm, norm, layout="nchw")
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """The blocks after the first: activated, not yet pooled."""
-        return self._stages
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(B, num_classes)`` logits of ``(B, in_channels, H, W)`` images."""

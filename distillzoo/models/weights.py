@@ -27,7 +27,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Args:
         model: The network.
         path: A ``.safetensors`` file, or what :func:`torch.save` wrote: a state dict, or a dictionary that holds one under
-            ``state_dict`` or ``model``. Nothing but tensors and plain containers is ever unpickled.
+            ``state_dict``, ``model``, ``student`` or ``net``. Nothing but tensors and plain containers is ever unpickled.
     Raises:
         OptionError: If the file is missing, holds no state dict, or does not fit the network.
     """

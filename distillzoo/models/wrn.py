@@ -80,7 +80,7 @@ class WideResNet(Network):
         self.relu = nn.ReLU()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[2], num_classes)
-        self._stages = tuple(
+        self.stages = tuple(
             Stage(
                 f"block{number}",
                 pre=norm,
@@ -96,11 +96,6 @@ class WideResNet(Network):
     def _group(in_channels: int, channels: int, stride: int, blocks: int) -> nn.Sequential:
         rest = (PreActivationBlock(channels, channels, 1) for _ in range(blocks - 1))
         return nn.Sequential(PreActivationBlock(in_channels, channels, stride), *rest)
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """One a group: the raw stream, and the norm that reads it."""
-        return self._stages
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(B, num_classes)`` logits of ``(B, in_channels, H, W)`` images."""

@@ -8,10 +8,6 @@ from distillzoo.errors import DistillZooError, OptionError, UnknownNameError
 from distillzoo.models import MODELS, create_model, list_models, register_model, timm_config
 
 
-def test_ours_by_bare_name():
-    assert create_model("resnet8", num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
-
-
 def test_timm_by_name():
     model = create_model("timm/resnet10t", num_classes=7)
     assert model.get_classifier().out_features == 7

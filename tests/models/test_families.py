@@ -6,6 +6,7 @@ from torch import nn
 
 from distillzoo.models import MODELS, create_model
 from distillzoo.models.base import ChannelShuffle
+from tests.models.reading import count_macs, read_taps
 
 
 def images(size, batch=1):
@@ -23,7 +24,7 @@ def test_shortcuts_are_convolutions_only_where_the_shape_changes():
     assert isinstance(build("resnet8x4").get_submodule("layer1.0.downsample"), nn.Sequential)
 
 
-def test_wide_networks_end_stages_with_the_raw_stream(read_taps):
+def test_wide_networks_end_stages_with_the_raw_stream():
     model = build("wrn_16_2")
     assert [stage.pre for stage in model.stages] == ["block2.0.bn1", "block3.0.bn1", "bn"]
     paths = [path for stage in model.stages for path in (stage.path, stage.pre, f"{stage.norm}:input")]
@@ -77,7 +78,7 @@ def test_initial_convolutions_follow_he_over_the_fan_out(name, path):
         ("mobilenetv2", "blocks.3.1", "bn3"),
     ],
 )
-def test_blocks_add_their_shortcut(name, block, inner, read_taps):
+def test_blocks_add_their_shortcut(name, block, inner):
     model = build(name)
     module = model.get_submodule(block)
     _, taps = read_taps(model, images(32), [f"{block}:input", f"{block}.{inner}", block])
@@ -92,14 +93,14 @@ def test_blocks_add_their_shortcut(name, block, inner, read_taps):
     torch.testing.assert_close(taps[block], expected, rtol=0.0, atol=1e-6 * float(skip.detach().abs().max()))
 
 
-def test_vgg_pools_a_fourth_time_at_64_pixels_only(read_taps):
+def test_vgg_pools_a_fourth_time_at_64_pixels_only():
     model = build("vgg8")
     for size, last in ((32, 4), (64, 4), (96, 12)):
         _, taps = read_taps(model, images(size), ["block3", "block4"])
         assert (taps["block3"].shape[-1], taps["block4"].shape[-1]) == (size // 8, last)
 
 
-def test_mobile_bottlenecks_are_linear(read_taps):
+def test_mobile_bottlenecks_are_linear():
     model = build("mobilenetv2")
     assert [stage.pre for stage in model.stages] == [None] * 4
     _, taps = read_taps(model, images(32), [stage.path for stage in model.stages] + ["blocks.6.0.bn3"])
@@ -107,7 +108,7 @@ def test_mobile_bottlenecks_are_linear(read_taps):
     assert taps["blocks.6.0.bn3"] is taps["blocks.6"]
 
 
-def test_shuffle_units_append_or_add(read_taps):
+def test_shuffle_units_append_or_add():
     model = build("shufflenetv1")
     first, last = "layer2.0", "layer2.7"
     _, taps = read_taps(model, images(32), ["layer1", f"{first}.bn3", first, f"{last}.bn3", f"{last}:input", last])
@@ -116,7 +117,7 @@ def test_shuffle_units_append_or_add(read_taps):
     torch.testing.assert_close(taps[last], (taps[f"{last}.bn3"] + taps[f"{last}:input"]).relu())
 
 
-def test_split_units_keep_half_and_interleave(read_taps):
+def test_split_units_keep_half_and_interleave():
     model = build("shufflenetv2")
     assert [stage.pre for stage in model.stages] == [None] * 3
     _, taps = read_taps(model, images(32), ["layer3.3:input", "layer3.3.branch", "layer3.3"])
@@ -129,7 +130,7 @@ def test_channel_shuffle_by_hand():
     assert shuffled.tolist() == [0, 2, 4, 1, 3, 5]
 
 
-def test_shufflenetv1_for_large_images(count_macs, read_taps):
+def test_shufflenetv1_for_large_images():
     torch.manual_seed(0)
     model = create_model("shufflenetv1_224", num_classes=100).eval()
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 0.95
@@ -141,7 +142,7 @@ def test_shufflenetv1_for_large_images(count_macs, read_taps):
 
 
 @pytest.mark.parametrize(("name", "width", "convolutions"), [("tinycnn_8", 8, 3), ("tinycnn_32", 32, 6)])
-def test_tiny_networks(name, width, convolutions, read_taps):
+def test_tiny_networks(name, width, convolutions):
     model = build(name)
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == convolutions
     logits, taps = read_taps(model, images(8, batch=2), [p for s in model.stages for p in (s.path, s.pre)] + ["fc:input"])

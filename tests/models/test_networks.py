@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from distillzoo.models import MODELS, Network, create_model
-from distillzoo.models.base import check_count
+from distillzoo.models import create_model
+from tests.models.reading import count_macs, read_taps
 
 THREE, THREE_X2, THREE_X4 = "16x32 32x16 64x8", "32x32 64x16 128x8", "64x32 128x16 256x8"
 VGG = "128x16 256x8 512x4 512x4"
@@ -50,11 +50,7 @@ def images(size=32, batch=1):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def test_every_network_of_the_table_is_registered():
-    assert set(TABLE) <= set(MODELS)
-
-
-def test_parameters_multiplications_and_stages(model, count_macs, read_taps):
+def test_parameters_multiplications_and_stages(model):
     name, network = model
     parameters, macs, stages, pooled = TABLE[name]
     assert sum(p.numel() for p in network.parameters()) == parameters
@@ -81,7 +77,7 @@ def test_declared_modules_are_what_they_are_said_to_be(model):
             assert stage.pre is not None
 
 
-def test_norm_reads_what_the_linear_op_returns(model, read_taps):
+def test_norm_reads_what_the_linear_op_returns(model):
     _, network = model
     pairs = [(s.linear, f"{s.linear_norm}:input") for s in network.stages if s.linear_norm]
     _, taps = read_taps(network, images(), [path for pair in pairs for path in pair])
@@ -90,7 +86,7 @@ def test_norm_reads_what_the_linear_op_returns(model, read_taps):
 
 
 @pytest.mark.parametrize("name", RECTIFIED)
-def test_rectified_stages_are_the_relu_of_their_pre_activation(name, read_taps):
+def test_rectified_stages_are_the_relu_of_their_pre_activation(name):
     torch.manual_seed(0)
     network = create_model(name, num_classes=100).eval()
     _, taps = read_taps(network, images(), [p for s in network.stages for p in (s.path, s.pre)])
@@ -104,7 +100,7 @@ def test_no_activation_works_in_place(model):
     assert not any(getattr(module, "inplace", False) for module in model[1].modules())
 
 
-def test_declared_stages_are_the_last_op_before_the_tap(model, read_taps):
+def test_declared_stages_are_the_last_op_before_the_tap(model):
     """A change of the declared linear op moves its own stage and later ones, but no earlier stage."""
     _, network = model
     paths = [stage.path for stage in network.stages]
@@ -165,21 +161,3 @@ def test_compiles_without_graph_breaks(name):
 
 def test_one_channel_images():
     assert create_model("resnet8", num_classes=10, in_channels=1).eval()(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
-
-
-def test_convolutions_start_by_the_rule_of_he():
-    torch.manual_seed(0)
-    conv = create_model("resnet32x4", num_classes=100).get_submodule("layer3.4.conv2")
-    assert conv.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
-
-
-def test_every_builder_makes_a_network_that_declares_itself():
-    for name in TABLE:
-        builder = MODELS[name]
-        assert issubclass(getattr(builder, "func", builder), Network)
-
-
-@pytest.mark.parametrize("value", [0, -1, True, 2.0, "3"])
-def test_check_count_refuses(value):
-    with pytest.raises(ValueError, match="depth must be an integer of at least 1; got"):
-        check_count("depth", value, 1)

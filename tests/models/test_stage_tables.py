@@ -7,6 +7,7 @@ from torch import nn
 
 from distillzoo.models import create_model
 from distillzoo.models.stage_tables import torchvision_stages
+from tests.models.reading import read_taps
 
 # name: image size, (channels, size) of the stages
 SMALL = {
@@ -55,19 +56,7 @@ def as_map(value, layout):
 
 def clone_taps(model, size, paths):
     """Read taps as copies: torchvision's activations work in place."""
-    values, handles = {}, []
-    for path in paths:
-        name, _, side = path.partition(":")
-        module = model.get_submodule(name)
-        if side:
-            handles.append(module.register_forward_pre_hook(lambda m, a, p=path: values.__setitem__(p, a[0].clone())))
-        else:
-            handles.append(module.register_forward_hook(lambda m, a, out, p=path: values.__setitem__(p, out.clone())))
-    with torch.no_grad():
-        model(images(size))
-    for handle in handles:
-        handle.remove()
-    return values
+    return read_taps(model, images(size), paths, clone=True)[1]
 
 
 def test_stage_shapes(network):

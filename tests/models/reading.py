@@ -1,11 +1,11 @@
 """Read networks from outside: multiplications and taps by plain forward hooks."""
 
-import pytest
 import torch
 from torch import nn
 
 
-def _count_macs(model, images):
+@torch.no_grad()
+def count_macs(model, images):
     """Multiplications of convolutions and linear layers in one forward of one image."""
     total = 0
 
@@ -15,34 +15,28 @@ def _count_macs(model, images):
         total += per_output * output[0].numel()
 
     handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    with torch.no_grad():
-        model(images)
+    model(images)
     for handle in handles:
         handle.remove()
     return total
 
 
-def _read(model, images, paths):
-    """Run the network and return {tap path: tensor}; each value is the very tensor, not a copy."""
+@torch.no_grad()
+def read_taps(model, images, paths, *, clone=False):
+    """Run the network and return its logits and {tap path: tensor}; each value is the very tensor, or a copy of it."""
     values, handles = {}, []
+
+    def keep(path, value):
+        values[path] = value.clone() if clone else value
+
     for path in paths:
         name, _, side = path.partition(":")
         module = model.get_submodule(name)
         if side:
-            handles.append(module.register_forward_pre_hook(lambda m, args, path=path: values.__setitem__(path, args[0])))
+            handles.append(module.register_forward_pre_hook(lambda m, args, path=path: keep(path, args[0])))
         else:
-            handles.append(module.register_forward_hook(lambda m, args, out, path=path: values.__setitem__(path, out)))
+            handles.append(module.register_forward_hook(lambda m, args, out, path=path: keep(path, out)))
     logits = model(images)
     for handle in handles:
         handle.remove()
     return logits, values
-
-
-@pytest.fixture
-def count_macs():
-    return _count_macs
-
-
-@pytest.fixture
-def read_taps():
-    return _read
