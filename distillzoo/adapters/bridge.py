@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from distillzoo.adapters.projections import NormedProjection
-from distillzoo.errors import OptionError
 
 __all__ = ["Bridge"]
 
@@ -22,8 +21,6 @@ class Bridge(nn.Module):
         in_channels: Channels of the branches.
         out_channels: Channels to reach.
         bridges: 1 is shared by all branches; else as many as there are branches.
-    Raises:
-        OptionError: If there is no bridge.
     Example:
         >>> Bridge(3, 5)([torch.zeros(2, 3, 8, 8)] * 4)[0].shape
         torch.Size([2, 5, 8, 8])
@@ -31,8 +28,6 @@ class Bridge(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, bridges: int = 1) -> None:
         super().__init__()
-        if bridges < 1:
-            raise OptionError(f"A bridge is shared (1) or there is one a branch; got {bridges}. Pass 1 or the number of branches.")
         self.projections = nn.ModuleList(NormedProjection(in_channels, out_channels) for _ in range(bridges))
 
     def forward(self, branches: Sequence[Tensor]) -> list[Tensor]:

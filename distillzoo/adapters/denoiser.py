@@ -32,7 +32,6 @@ __all__ = [
     "ddim_step",
     "denoise",
     "mix_noise",
-    "use_batch_statistics",
 ]
 
 KernelSize = Literal[1, 3]
@@ -132,28 +131,16 @@ def check_shapes(name: str, first: Tensor, second: Tensor, rows: Tensor | None =
 
 
 class DenoiserNorm(EdgeSafeBatchNorm2d):
-    """Batch norm that can be told to normalise by the batch in eval mode too.
+    """Batch norm that normalises by the batch in eval mode too, where the running statistics stay as they are.
 
     A noise predictor reads noised targets and half-denoised sources in turn: its running statistics are a blend that fits neither.
-
-    Attributes:
-        batch_in_eval: Whether the batch's own statistics are used in eval mode; the running ones then stay as they are.
     """
-
-    batch_in_eval: bool = False
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Map ``(B, C, H, W)`` to the same shape."""
-        if self.training or not self.batch_in_eval or input.numel() == self.num_features:
+        if self.training or input.numel() == self.num_features:
             return super().forward(input)
         return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
-
-
-def use_batch_statistics(module: nn.Module) -> None:
-    """Tell every :class:`DenoiserNorm` of a module to normalise by the batch in eval mode too."""
-    for child in module.modules():
-        if isinstance(child, DenoiserNorm):
-            child.batch_in_eval = True
 
 
 class LinearAutoencoder(nn.Module):
@@ -220,8 +207,6 @@ class NoisePredictor(nn.Module):
     Args:
         channels: Channels of the feature.
         kernel_size: 3 for maps, 1 for vectors.
-    Raises:
-        OptionError: If the kernel size is another.
     Example:
         >>> NoisePredictor(8, 3)(torch.zeros(2, 8, 3, 3), torch.tensor([0, 999])).shape
         torch.Size([2, 8, 3, 3])
@@ -230,7 +215,7 @@ class NoisePredictor(nn.Module):
     def __init__(self, channels: int, kernel_size: KernelSize = 3) -> None:
         super().__init__()
         self.time = nn.Embedding(MOST_TIMES, channels)
-        if _spatial(kernel_size):
+        if kernel_size == 3:
             layers = [Bottleneck(channels, 4), Bottleneck(channels, 4), nn.Conv2d(channels, channels, 1), DenoiserNorm(channels)]
             self.body = nn.Sequential(*layers)
         else:
@@ -251,8 +236,6 @@ class NoiseAdapter(nn.Module):
     Args:
         channels: Channels of the feature.
         kernel_size: 3 for maps, 1 for vectors.
-    Raises:
-        OptionError: If the kernel size is another.
     Example:
         >>> NoiseAdapter(8, 3)(torch.zeros(2, 8, 3, 3)).shape
         torch.Size([2])
@@ -260,7 +243,7 @@ class NoiseAdapter(nn.Module):
 
     def __init__(self, channels: int, kernel_size: KernelSize = 3) -> None:
         super().__init__()
-        if _spatial(kernel_size):
+        if kernel_size == 3:
             self.features: nn.Module = Bottleneck(channels, 8)
         else:
             self.features = nn.Sequential(*_widened(channels, 2), DenoiserNorm(channels))
@@ -277,9 +260,3 @@ def _widened(channels: int, factor: int) -> list[nn.Module]:
     """A 1x1 convolution to ``factor`` times the width, batch norm, ReLU, and a 1x1 convolution back."""
     wide = factor * channels
     return [nn.Conv2d(channels, wide, 1), DenoiserNorm(wide), nn.ReLU(), nn.Conv2d(wide, channels, 1)]
-
-
-def _spatial(kernel_size: int) -> bool:
-    if kernel_size not in (1, 3):
-        raise OptionError(f"kernel_size is 3 for maps or 1 for vectors; got {kernel_size!r}. Choose one of these.")
-    return kernel_size == 3

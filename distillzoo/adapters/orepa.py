@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from distillzoo.adapters.expansion import DualLayer, Mode, tile
-from distillzoo.errors import OptionError
-from distillzoo.kinds import check_choice
 
 __all__ = ["BranchStart", "LinearBranches", "start_for", "takes_branches"]
 
 BranchStart = Literal["pretrained", "scratch"]
-_SCALES: dict[str, tuple[float, ...]] = {
+_SCALES: dict[BranchStart, tuple[float, ...]] = {
     "pretrained": (1.0, 0.0, 0.0, 0.0, 0.0, 0.0),  # the first branch has the given kernel: the function is unchanged
     "scratch": (0.25, 0.25, 0.0, 0.5, 0.05, 0.5),  # the authors' values
 }
@@ -70,8 +68,6 @@ class LinearBranches(DualLayer):
         outputs: Whether the outputs are.
         start: Scales v at the start: ``"pretrained"`` leaves branch 1 alone, ``"scratch"`` mixes all six.
         shared: Whether the narrow kernel is a slice of the wide one.
-    Raises:
-        OptionError: If ``start`` is neither, or ``op`` takes no branches.
     Example:
         >>> conv = nn.Conv2d(4, 8, 3, padding=1)
         >>> branches = LinearBranches(conv, 2, Mode(), inputs=True, outputs=True)
@@ -86,8 +82,7 @@ class LinearBranches(DualLayer):
         shared: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(ratio, mode, shared=shared)
-        if not (isinstance(op, nn.Conv2d) and takes_branches(op)):
-            raise OptionError(f"Branches are made of 3x3 convolutions of stride 1 that keep the size; got {op}. Leave it plain.")
+        assert isinstance(op, nn.Conv2d)
         rows, columns = op.out_channels, op.in_channels
         self.outputs, train = outputs, op.weight.requires_grad
         kernels = {
@@ -110,7 +105,7 @@ class LinearBranches(DualLayer):
         self.hold("pointwise", pointwise, (0,) * outputs + (1,) * inputs, divide=outputs, train=train)
         self.hold(
             "scales",
-            op.weight.new_tensor(_SCALES[check_choice("branch_start", start, BranchStart)]).view(6, 1).repeat(1, rows),
+            op.weight.new_tensor(_SCALES[start]).view(6, 1).repeat(1, rows),
             (1,) * outputs,
             train=train,
         )

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from distillzoo.errors import OptionError, UnsupportedPairError
-from distillzoo.kinds import is_whole
 
 __all__ = ["AfterNorm", "Branched", "check_not_frozen", "check_not_tied", "expand", "fold", "fold_network", "is_batch_norm"]
 
@@ -40,7 +39,7 @@ class Branched(nn.Module):
         norm: The batch norm that follows it, children (a fused activation) left out of account; ``None`` where none follows.
         branches: Number of branches, at least 1.
     Raises:
-        OptionError: If ``branches`` is no positive integer, ``op`` has no weight, or ``norm`` no running statistics.
+        OptionError: If ``op`` has no weight, or ``norm`` no running statistics.
     Example:
         >>> branched = Branched(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), 4)
         >>> branched(torch.zeros(2, 3, 5, 5)).shape, len(branched.branches)
@@ -49,8 +48,6 @@ class Branched(nn.Module):
 
     def __init__(self, op: nn.Module, norm: nn.Module | None, branches: int) -> None:
         super().__init__()
-        if not is_whole(branches, 1):
-            raise OptionError(f"branches must be an integer of at least 1; got {branches!r}. Pass 4, or 1 for a single one.")
         if not isinstance(op._parameters.get("weight"), Tensor):
             raise OptionError(f"Branches are made of a convolution or linear layer; got {type(op).__name__}, which has no weight.")
         if norm is not None and not is_batch_norm(norm):

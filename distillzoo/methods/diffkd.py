@@ -191,7 +191,6 @@ class DiffKD(Distiller):
         if places != "map":
             present.add("logits")
             self.places["logits"] = _Place(student.num_classes, student.num_classes, 1, noise_matching=noise_matching)
-        denoiser.use_batch_statistics(self)
         self._streams = {place: [self.stream(f"{place}.{draw}") for draw in ("matching", "noise", "time")] for place in self.places}
         chosen = preset_weights(self.weight_presets, weights if isinstance(weights, str) else None, type(self).__name__)
         self.set_weights({name: weight for name, weight in chosen.items() if name in present})

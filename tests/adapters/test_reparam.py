@@ -229,12 +229,6 @@ def test_layers_that_share_a_tensor_with_others_are_refused(tie, names):
         check_not_tied(network, {"0": "1"})
 
 
-@pytest.mark.parametrize("branches", [0, -1, 2.0, True])
-def test_a_number_of_branches_that_is_none_is_refused(branches):
-    with pytest.raises(OptionError, match=r"branches must be an integer of at least 1; got .*Pass 4"):
-        Branched(nn.Conv2d(3, 4, 1), None, branches)
-
-
 def test_what_has_no_weight_or_no_statistics_is_refused():
     with pytest.raises(OptionError, match=r"got ReLU, which has no weight"):
         Branched(nn.ReLU(), None, 2)
