@@ -6,7 +6,7 @@ import torch
 
 from distillzoo.data.arrays import Augment, Split
 from distillzoo.data.base import DATASETS, ResidentDataSet, SplitName, training_spec
-from distillzoo.data.splits import class_ranks, hold_out, keep_first
+from distillzoo.data.splits import hold_out, keep_first, set_aside
 from distillzoo.errors import MissingDependencyError, OptionError
 
 __all__ = ["digits"]
@@ -39,9 +39,8 @@ def digits(*, split: SplitName = "test", labels_per_class: int | None = None) ->
             "choose a number in that range."
         )
     everything = _read()
-    ranks = class_ranks(everything.targets, "digits", "test")
-    train = everything.take((ranks < _TRAIN_PER_CLASS).nonzero().squeeze(1))
-    evaluation = everything.take((ranks >= _TRAIN_PER_CLASS).nonzero().squeeze(1))
+    others = torch.bincount(everything.targets) - _TRAIN_PER_CLASS
+    train, evaluation = map(everything.take, set_aside(everything.targets, others, "digits", "test"))
     full = train
     if split == "heldout":
         train, evaluation = hold_out(full, _HELD_OUT_PER_CLASS, "digits", "heldout")

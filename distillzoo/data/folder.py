@@ -15,7 +15,8 @@ from distillzoo.data.class_lists import ClassList
 from distillzoo.data.crops import CropViews, make_views
 from distillzoo.data.file_loader import FileLoader, check_workers
 from distillzoo.data.packed import PackedDataSet, packed_set
-from distillzoo.data.tree import Listing, Tree, hold_out_rows, read_tree
+from distillzoo.data.splits import hold_out_rows
+from distillzoo.data.tree import Listing, Tree, read_tree
 from distillzoo.errors import OptionError
 from distillzoo.types import DataSpec
 

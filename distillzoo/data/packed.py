@@ -21,7 +21,7 @@ from distillzoo.data.class_lists import ClassList
 from distillzoo.data.crops import CropViews, make_views
 from distillzoo.data.packed_loader import PackedImages, PackedLoader
 from distillzoo.data.packing import PackedPart, file_sha256, read_index
-from distillzoo.data.tree import hold_out_rows
+from distillzoo.data.splits import hold_out_rows
 from distillzoo.errors import DataError, OptionError
 from distillzoo.types import DataSpec
 

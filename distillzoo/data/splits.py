@@ -5,6 +5,8 @@ Their seed is a constant: every run of every seed, student and method sees the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,10 @@ from distillzoo.data.arrays import Split
 from distillzoo.errors import DataError
 from distillzoo.streams import Stream
 
-__all__ = ["SPLIT_SEED", "class_ranks", "hold_out", "keep_first"]
+__all__ = ["SPLIT_SEED", "class_ranks", "hold_out", "hold_out_rows", "keep_first", "set_aside"]
 
 SPLIT_SEED = 20_250_101  # any number; changing it changes every held-out result ever recorded
+_HELD_OUT_SHARE = 10  # of the smallest class
 
 
 def class_ranks(targets: Tensor, *names: str) -> Tensor:
@@ -38,6 +41,12 @@ def class_ranks(targets: Tensor, *names: str) -> Tensor:
     return ranks
 
 
+def set_aside(targets: Tensor, number: int | Tensor, *names: str) -> tuple[Tensor, Tensor]:
+    """Return the rows that stay and those set aside: of every class the last ``number``, which can be ``(C,)``, one for each."""
+    stays = class_ranks(targets, *names) < (torch.bincount(targets) - number)[targets]
+    return stays.nonzero().squeeze(1), (~stays).nonzero().squeeze(1)
+
+
 def hold_out(data: Split, per_class: int, *names: str) -> tuple[Split, Split]:
     """Take ``per_class`` images of every class, the last of its random order, out of a training set.
 
@@ -57,8 +66,29 @@ def hold_out(data: Split, per_class: int, *names: str) -> tuple[Split, Split]:
             f"Cannot hold {per_class} images of every class out: the smallest class has {smallest} and one must stay; "
             f"ask for 1 to {smallest - 1}, or for more training images."
         )
-    stays = class_ranks(data.targets, *names) < counts[data.targets] - per_class
-    return data.take(stays.nonzero().squeeze(1)), data.take((~stays).nonzero().squeeze(1))
+    stays, held = set_aside(data.targets, per_class, *names)
+    return data.take(stays), data.take(held)
+
+
+def hold_out_rows(targets: Tensor, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Choose training images to hold out: of every class as many, a tenth of the smallest, always the same ones.
+
+    Args:
+        targets: ``(N,)`` int64 labels.
+        classes: Names of the classes, for the message.
+    Returns:
+        The rows that stay and the rows that are held out, each in order.
+    Raises:
+        DataError: If a class has one image only.
+    """
+    counts = torch.bincount(targets, minlength=len(classes))
+    smallest = int(counts.min())
+    if smallest < 2:
+        raise DataError(
+            f"Cannot hold images out: the class {classes[int(counts.argmin())]!r} has {smallest} training image, at least 2 are "
+            "needed; add images, remove the class, or evaluate on the split 'test'."
+        )
+    return set_aside(targets, max(1, smallest // _HELD_OUT_SHARE), "folder", "heldout")
 
 
 def keep_first(data: Split, per_class: int, *names: str) -> Split:

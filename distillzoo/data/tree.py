@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from distillzoo.data.images import EXTENSIONS, inspect_image, unusable
-from distillzoo.data.splits import class_ranks
+from distillzoo.data.splits import set_aside
 from distillzoo.errors import DataError, OptionError, near_matches
 
-__all__ = ["EVALUATION_FOLDERS", "Listing", "Tree", "available_cpus", "find_parts", "hold_out_rows", "read_tree", "walk_visible"]
+__all__ = ["EVALUATION_FOLDERS", "Listing", "Tree", "available_cpus", "find_parts", "read_tree", "walk_visible"]
 
 EVALUATION_FOLDERS = ("val", "validation", "test")
 """Folders beside ``train`` that evaluation images are looked for in, in this order."""
 
 _LAYOUT = "expected is DIR/train/CLASS/IMAGE beside DIR/val/CLASS/IMAGE (or validation, or test), or one tree DIR/CLASS/IMAGE"
 _TEST_SHARE = 5  # one tree: a fifth of every class is evaluated on
-_HELD_OUT_SHARE = 10  # of the smallest class
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,28 +131,6 @@ def read_tree(root: str | os.PathLike[str], *, classes: Sequence[str] | None = N
     return Tree(place, chosen, listings[0], listings[1], len(parts) == 1, tuple(skipped))
 
 
-def hold_out_rows(targets: Tensor, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Choose training images to hold out: of every class as many, a tenth of the smallest, always the same ones.
-
-    Args:
-        targets: ``(N,)`` int64 labels.
-        classes: Names of the classes, for the message.
-    Returns:
-        The rows that stay and the rows that are held out, each in order.
-    Raises:
-        DataError: If a class has one image only.
-    """
-    counts = torch.bincount(targets, minlength=len(classes))
-    smallest = int(counts.min())
-    if smallest < 2:
-        raise DataError(
-            f"Cannot hold images out: the class {classes[int(counts.argmin())]!r} has {smallest} training image, at least 2 are "
-            "needed; add images, remove the class, or evaluate on the split 'test'."
-        )
-    stays = class_ranks(targets, "folder", "heldout") < counts[targets] - max(1, smallest // _HELD_OUT_SHARE)
-    return stays.nonzero().squeeze(1), (~stays).nonzero().squeeze(1)
-
-
 def _content_digest(path: Path) -> bytes:
     try:
         return hashlib.sha256(path.read_bytes()).digest()
@@ -168,9 +145,7 @@ def _split_off(listing: Listing, classes: Sequence[str]) -> Iterator[Listing]:
             f"The class {classes[int(counts.argmin())]!r} of {str(listing.root)!r} has 1 image, but there is one tree only, so at "
             f"least 2 of every class are needed, one to train and one to evaluate on; add images, or give {_LAYOUT[12:]}."
         )
-    aside = (counts // _TEST_SHARE).clamp_min(1)
-    stays = class_ranks(listing.targets, "folder", "test") < (counts - aside)[listing.targets]
-    return (listing.take(rows.nonzero().squeeze(1)) for rows in (stays, ~stays))
+    return map(listing.take, set_aside(listing.targets, (counts // _TEST_SHARE).clamp_min(1), "folder", "test"))
 
 
 def find_parts(root: Path) -> list[Path]:

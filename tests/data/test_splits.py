@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distillzoo.data.arrays import Split
-from distillzoo.data.splits import class_ranks, hold_out, keep_first
+from distillzoo.data.splits import class_ranks, hold_out, keep_first, set_aside
 from distillzoo.errors import DataError
 
 
@@ -61,6 +61,13 @@ def test_ranks_number_every_class_from_zero():
     for label in range(6):
         mine = ranks[label == TARGETS]
         assert torch.equal(mine.sort().values, torch.arange(len(mine)))
+
+
+def test_classes_can_give_different_numbers():
+    number = torch.arange(1, 7)
+    stays, aside = set_aside(TARGETS, number, "test")
+    assert torch.equal(torch.bincount(TARGETS[aside]), number)
+    assert torch.equal(torch.cat([stays, aside]).sort().values, torch.arange(600))
 
 
 @pytest.mark.parametrize("per_class", [0, 10, 11])
