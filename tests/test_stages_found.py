@@ -19,7 +19,7 @@ DATA = DataSpec(5, (32, 32))
 
 
 def found(module: nn.Module) -> list[str]:
-    return [stage.path for stage in find_stages(module, Probe(module, DATA))]
+    return [stage.path for stage in find_stages(Probe(module, DATA))]
 
 
 def convs(*widths: int, stride: int = 2) -> nn.Sequential:
@@ -51,7 +51,7 @@ class TwoHeads(nn.Module):
 
 def test_of_two_heads_the_shorter_way_hides_nothing_of_the_longer():
     assert found(TwoHeads()) == ["shallow", "deep"]
-    assert classifier_input(TwoHeads(), Probe(TwoHeads(), DATA)) is None  # neither is declared the first
+    assert classifier_input(Probe(TwoHeads(), DATA)) is None  # neither is declared the first
 
 
 class Reducing(nn.Module):
@@ -226,10 +226,10 @@ class Strided(nn.Module):
 @pytest.mark.parametrize("turned", [False, True], ids=["landscape", "portrait"])
 def test_stages_are_those_of_square_images_where_the_stride_does_not_divide_the_sides(size, turned):
     network, data = Strided(), DataSpec(5, size[::-1] if turned else size)
-    paths = [stage.path for stage in find_stages(network, Probe(network, data))]
+    paths = [stage.path for stage in find_stages(Probe(network, data))]
     assert paths == ["blocks.1", "blocks.2", "blocks.3", "blocks"]
     network.feature_info = [{"module": f"blocks.{k}", "reduction": 2 ** (k + 1)} for k in range(5)]
-    assert [stage.path for stage in find_stages(network, Probe(network, data))] == [f"blocks.{k}" for k in (1, 2, 3, 4)]
+    assert [stage.path for stage in find_stages(Probe(network, data))] == [f"blocks.{k}" for k in (1, 2, 3, 4)]
     last = network.blocks(network.stem(torch.zeros(2, 3, *data.input_size)))
     assert as_view(network, data, last.flatten(2).mT.shape).grid == last.shape[2:], "tokens form the grid that maps would"
 
@@ -240,13 +240,13 @@ def test_layers_whose_weights_are_computed_are_layers(norm):
     for layer in [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]:
         norm(layer)
     before = copy.deepcopy(network.state_dict())
-    assert find_stages(network, Probe(network, DATA)) == find_stages(plain, Probe(plain, DATA))
-    assert find_stages(network, Probe(network, DATA))[-1].norm == "blocks.3.1"
-    assert classifier_input(network, Probe(network, DATA)) == "fc:input"
+    assert find_stages(Probe(network, DATA)) == find_stages(Probe(plain, DATA))
+    assert find_stages(Probe(network, DATA))[-1].norm == "blocks.3.1"
+    assert classifier_input(Probe(network, DATA)) == "fc:input"
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_the_last_layer_is_the_classifier_where_the_one_before_has_as_many_outputs():
     network = nn.Sequential(convs(3, 4, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 5))
     nn.utils.parametrizations.weight_norm(network[3])
-    assert classifier_input(network, Probe(network, DATA)) == "3:input"
+    assert classifier_input(Probe(network, DATA)) == "3:input"

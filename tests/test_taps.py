@@ -147,6 +147,12 @@ def test_an_unknown_tap_names_the_taps_there_are():
         tapped("poold")
 
 
+def test_a_module_with_two_paths_is_tapped_by_either():
+    net = Plain().eval()
+    net.alias = net.act2
+    assert torch.equal(*(tapped("last", module=net, stages=[path])(IMAGES).features["stage1"] for path in ("act2", "alias")))
+
+
 def test_a_path_that_does_not_exist_names_the_nearest():
     with pytest.raises(TapError, match=r"no module 'groups\.1\.0\.nrm'.*groups\.1\.0\.norm"):
         tapped(stages=["groups.1.0.nrm"])

@@ -176,19 +176,6 @@ class LastFunction:
         return result
 
 
-class _FunctionWatch(ActivationWatch):
-    """Keeps the last call of a function that activates."""
-
-    last: LastFunction
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        before = self.recorder.activation
-        output = super().__torch_function__(func, types, args, kwargs)
-        if self.recorder.activation is not before:
-            self.last = LastFunction(func, tuple(args[1:]), dict(kwargs or {}))
-        return output
-
-
 def last_function(probe: Probe, path: str) -> LastFunction:
     """Return the function that ends a module's last forward, a function such as ``relu`` that is no module.
 
@@ -199,11 +186,11 @@ def last_function(probe: Probe, path: str) -> LastFunction:
         TapError: If the forward does not end with such a function.
     """
     found: list[LastFunction] = []
-    watching = _FunctionWatch(Recorder())
+    watching = ActivationWatch(Recorder())
 
     def read(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
         activation = watching.recorder.activation
-        found[:] = [watching.last] if activation is not None and activation[1] is output else []
+        found[:] = [LastFunction(*activation[2:])] if activation is not None and activation[1] is output else []
 
     handle = probe.module.get_submodule(path).register_forward_hook(read)
     try:

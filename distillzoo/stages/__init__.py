@@ -1,4 +1,4 @@
-"""Find a network's stages and what its classifier reads: declared, from timm's ``feature_info``, a table, or a dry run."""
+"""Find a network's stages and what its classifier reads: declared, from a table, timm's ``feature_info``, or a dry run."""
 
 from distillzoo.stages.activations import complete_stage, is_activation
 from distillzoo.stages.finders import classifier_input, declared_stages, find_stages, resolve_stages

@@ -38,44 +38,54 @@ def _named(module: nn.Module, given: object) -> dict[str, Stage]:
     return {name: item if isinstance(item, Stage) else Stage(path=item) for name, item in items.items()}
 
 
+def split_and_get(module: nn.Module, path: str) -> nn.Module:
+    """Return the submodule that a module path or tap path names.
+
+    Raises:
+        TapError: If there is none; the nearest paths are named.
+    """
+    name = split_path(path)[0]
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        paths = [known for known, _ in module.named_modules() if known]
+        near = near_matches(name, paths, limit=5) or paths[:5]
+        raise TapError(
+            f"{type(module).__name__} has no module {name!r}; the nearest paths are {', '.join(near)}. "
+            "A tap is a module path, with ':input' after it for the module's input."
+        ) from None
+
+
 def _check_paths(module: nn.Module, stage: Stage) -> None:
-    paths = dict(module.named_modules())
     for path in (stage.path, stage.pre, stage.linear, stage.linear_norm, stage.norm):
-        if path is not None and split_path(path)[0] not in paths:
-            near = near_matches(split_path(path)[0], paths, limit=5) or list(paths)[1:6]
-            raise TapError(
-                f"{type(module).__name__} has no module {split_path(path)[0]!r}; the nearest paths are {', '.join(near)}. "
-                "A tap is a module path, with ':input' after it for the module's input."
-            )
+        if path is not None:
+            split_and_get(module, path)
 
 
 def resolve_stages(
-    module: nn.Module, given: Sequence[Stage | str] | Mapping[str, Stage | str], probe: Probe | None = None
+    given: Sequence[Stage | str] | Mapping[str, Stage | str], probe: Probe
 ) -> tuple[tuple[Stage, ...], dict[str, Stage]]:
     """Turn taps that a user named into stages and extra taps.
 
     Args:
-        module: The network.
         given: Stages or tap paths shallow to deep; or a mapping in which ``stage1`` .. ``stageN`` are the stages and any other
             name is a tap of its own (``pooled`` replaces what was found).
-        probe: Dry batch, to find what stages given by path alone were before their activation, and the stages where none is
-            named; ``None`` leaves them as they are.
+        probe: The network and its dry batch, to find what stages given by path alone were before their activation, and the
+            stages where none is named.
     Raises:
         TapError: If a path does not exist, what is given is neither paths nor stages, or numbers of stages are left out.
     """
-    named = _named(module, given)
+    named = _named(probe.module, given)
     for stage in named.values():
-        _check_paths(module, stage)
+        _check_paths(probe.module, stage)
     items, count = list(named), sum(name.removeprefix("stage").isdigit() for name in named)
     stages = [named.pop(f"stage{number}", None) for number in range(1, count + 1)]
     if not count:
-        return (declared_stages(module) or ()) if probe is None else find_stages(module, probe), named
+        return find_stages(probe), named
     if None in stages:
         raise TapError(f"Stages must be named stage1 .. stage{count} without a gap; got {', '.join(items)}.")
-    found = [stage for stage in stages if stage is not None]
-    if probe is not None:
-        found = [complete_stage(probe.dry_run, stage) if stage == Stage(stage.path) else stage for stage in found]
-    return tuple(found), named
+    found = (stage for stage in stages if stage is not None)
+    return tuple(complete_stage(probe.dry_run, stage) if stage == Stage(stage.path) else stage for stage in found), named
 
 
 def declared_stages(module: nn.Module) -> tuple[Stage, ...] | None:
@@ -86,23 +96,22 @@ def declared_stages(module: nn.Module) -> tuple[Stage, ...] | None:
     return None
 
 
-def find_stages(module: nn.Module, probe: Probe) -> tuple[Stage, ...]:
+def find_stages(probe: Probe) -> tuple[Stage, ...]:
     """Find the stages of a network, shallow to deep, the stem not among them.
 
     Declared stages come first, then what a registered table knows, then timm's ``feature_info``, then a dry run that looks for
     changes of resolution. What stages were before their activation is declared too, or found in the dry run.
 
     Args:
-        module: The network.
-        probe: Its dry batch.
+        probe: The network and its dry batch.
     """
     known = (declared_stages, *STAGE_FINDERS.values())
-    stages = next((stages for finder in known if (stages := finder(module)) is not None), None)
+    stages = next((stages for finder in known if (stages := finder(probe.module)) is not None), None)
     if stages is None:
-        found = _from_feature_info(module, probe) or _from_resolutions(module, probe)
+        found = _from_feature_info(probe) or _from_resolutions(probe)
         stages = tuple(complete_stage(probe.dry_run, stage) for stage in found)
     for stage in stages:
-        _check_paths(module, stage)
+        _check_paths(probe.module, stage)
     return stages
 
 
@@ -113,18 +122,18 @@ def _evenly(items: Sequence[Stage]) -> tuple[Stage, ...]:
     return tuple(items[math.ceil((k + 1) * len(items) / _MOST_STAGES) - 1] for k in range(_MOST_STAGES))
 
 
-def _from_feature_info(module: nn.Module, probe: Probe) -> tuple[Stage, ...] | None:
+def _from_feature_info(probe: Probe) -> tuple[Stage, ...] | None:
     """What timm's networks say; None where a module that they name does not return maps or tokens."""
-    info = getattr(module, "feature_info", None)
+    info = getattr(probe.module, "feature_info", None)
     entries = list(getattr(info, "info", info) or ())
-    paths = dict(module.named_modules())
+    paths = dict(probe.module.named_modules())
     known = [entry for entry in entries if isinstance(entry, Mapping) and str(entry.get("module")) in paths]
     known = [entry for entry in known if not _pools(probe.dry_run.last(str(entry["module"])))]
     stages = [Stage(path=str(entry["module"]), channels=entry.get("num_chs")) for entry in known]
     isotropic = len({entry.get("reduction") for entry in known}) == 1
     chosen = _evenly(stages) if isotropic else tuple(stages[-_MOST_STAGES:])
     calls = [probe.dry_run.last(stage.path) for stage in chosen]
-    if any(call is None or call.shape is None or map_size(module, probe.data, call.shape) is None for call in calls):
+    if any(call is None or call.shape is None or map_size(probe.module, probe.data, call.shape) is None for call in calls):
         return None
     return chosen or None
 
@@ -134,7 +143,7 @@ def _pools(call: Call | None) -> bool:
     return call is not None and call.shape != call.argument and not any(True for _ in call.module.parameters())
 
 
-def _from_resolutions(module: nn.Module, probe: Probe) -> tuple[Stage, ...]:
+def _from_resolutions(probe: Probe) -> tuple[Stage, ...]:
     """The end of the trunk at each of its last four resolutions, or four evenly spaced blocks where there is but one.
 
     The trunk are the tensors that everything passes on its way from the images to the logits. Where it has one or two resolutions,
@@ -142,23 +151,23 @@ def _from_resolutions(module: nn.Module, probe: Probe) -> tuple[Stage, ...]:
     pooling or the first op works is no stage.
     """
     run = probe.dry_run
-    trunk = _by_size(module, probe, run, run.trunk)
-    found = trunk if len(trunk) >= _ENOUGH_STAGES else _by_size(module, probe, run, run.depths) | trunk
+    trunk = _by_size(probe, run.trunk)
+    found = trunk if len(trunk) >= _ENOUGH_STAGES else _by_size(probe, run.depths) | trunk
     sizes = sorted(found, key=lambda size: -size[0] * size[1])
     if len(sizes) > 1:
-        return tuple(Stage(path=_end(module, probe, found[size])) for size in sizes[-_MOST_STAGES:])
-    groups = [*trunk.values(), *found.values()][:1]
-    if not groups:
+        return tuple(Stage(path=_end(probe, found[size])) for size in sizes[-_MOST_STAGES:])
+    if not sizes:
         return ()
+    group = found[sizes[0]]
     blocks: dict[tuple[str, type[nn.Module]], list[str]] = {}
-    for call in groups[0]:
+    for call in group:
         family = blocks.setdefault((call.path.rpartition(".")[0], type(call.module)), [])
         family.append(call.path)
     largest = max(blocks.values(), key=len)
-    return _evenly([Stage(path) for path in largest]) if len(largest) > 1 else (Stage(groups[0][-1].path),)
+    return _evenly([Stage(path) for path in largest]) if len(largest) > 1 else (Stage(group[-1].path),)
 
 
-def _end(module: nn.Module, probe: Probe, group: list[Call]) -> str:
+def _end(probe: Probe, group: list[Call]) -> str:
     """The path of the last call of a group that does not lie inside the block that makes the maps smaller.
 
     A block whose stride comes after its first op or after a norm (an inverted residual, a pre-norm transformer) holds maps of the
@@ -167,7 +176,7 @@ def _end(module: nn.Module, probe: Probe, group: list[Call]) -> str:
     run, path = probe.dry_run, group[-1].path
 
     def size(shape: tuple[int, ...] | None) -> tuple[int, int] | None:
-        return map_size(module, probe.data, shape) if shape else None
+        return map_size(probe.module, probe.data, shape) if shape else None
 
     here = size(group[-1].shape)
     for depth in range(1, path.count(".") + 1):
@@ -183,16 +192,15 @@ def _end(module: nn.Module, probe: Probe, group: list[Call]) -> str:
     return path
 
 
-def _by_size(
-    module: nn.Module, probe: Probe, run: DryRun, nodes: Mapping[Node, int] | set[Node]
-) -> dict[tuple[int, int], list[Call]]:
+def _by_size(probe: Probe, nodes: Mapping[Node, int] | set[Node]) -> dict[tuple[int, int], list[Call]]:
     """The calls whose outputs are among the nodes, by size, largest first; the outermost of those that return the same."""
+    run = probe.dry_run
     behind = run.after(head.node for head in _heads(run))
     groups: dict[tuple[int, int], dict[Node, Call]] = {}
     ops: dict[tuple[int, int], int] = {}
     last = {call.path: call for call in run.calls}
     for call in run.calls:
-        size = None if call.shape is None or not call.path else map_size(module, probe.data, call.shape)
+        size = None if call.shape is None or not call.path else map_size(probe.module, probe.data, call.shape)
         if size is None or call.node not in run.depths or call.node in behind:  # the classifier's own maps are no stage
             continue
         ops[size] = ops.get(size, 0) + call.has_weights
@@ -207,18 +215,18 @@ def _by_size(
     return {size: list(groups[size].values()) for size in kept}
 
 
-def classifier_input(module: nn.Module, probe: Probe) -> str | None:
+def classifier_input(probe: Probe) -> str | None:
     """Return the tap path of what the classifier reads: the input of the op that makes the logits.
 
     Of several such ops (a second head for a distillation token) it is the one that the network declares first, as
     ``classifier_path`` or in timm's configuration; None where it declares none.
 
     Args:
-        module: The network.
-        probe: Its dry batch.
+        probe: The network and its dry batch.
     Raises:
         TapError: If the declared ``classifier_path`` does not exist.
     """
+    module = probe.module
     if hasattr(module, "classifier_path"):
         declared = module.classifier_path
         if not isinstance(declared, str):

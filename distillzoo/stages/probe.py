@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.nn.utils.parametrize import is_parametrized
 
-from distillzoo.errors import ShapeError, TapError
+from distillzoo.errors import OptionError, ShapeError, TapError
 from distillzoo.stages.restoring import restored
 from distillzoo.types import DataSpec
 
@@ -118,6 +118,21 @@ class Probe:
             f"The {role} {type(self.module).__name__} returned {shape} for images of shape {tuple(self.images.shape)}; "
             "a classifier must return logits of shape (B, num_classes). Wrap it in a module that does."
         )
+
+    def check_images_kept(self, role: str) -> None:
+        """Refuse a network that wrote to the dry batch: of a batch that is trained on, all others would see what it left of it.
+
+        Args:
+            role: What the network is, for the message.
+        Raises:
+            OptionError: If it was written to.
+        """
+        if not self.images.is_inference() and self.images._version:  # torch counts the writes, and a new one has none
+            raise OptionError(
+                f"The {role} {type(self.module).__name__} writes to the images that it is given, which others see as well: its "
+                "forward begins in place, as by x.sub_(mean) or nn.ReLU(inplace=True); write x = x - mean or inplace=False, or "
+                "begin it with x = x.clone()."
+            )
 
     @cached_property
     def dry_run(self) -> DryRun:

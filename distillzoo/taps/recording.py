@@ -34,7 +34,8 @@ class Recorder:
         self.images = 0
         self.values: dict[str, Tensor] = {}
         self.versions: dict[str, int] = {}
-        self.activation: tuple[Tensor, Any] | None = None  # what the last function that activates took and returned
+        # what the last function that activates took and returned, the function, and what else it took
+        self.activation: tuple[Tensor, Any, Any, tuple[Any, ...], Mapping[str, Any]] | None = None
         self.doubtful: Collection[str] = ()
         self.unread: set[str] = set()  # the doubtful ones that found no activation
 
@@ -148,7 +149,7 @@ class ActivationWatch(TorchFunctionMode):
         overwrites = _FUNCTIONS[func] or kwargs.get("inplace") or (func is F.relu and len(args) > 1 and args[1])
         before = args[0].clone() if overwrites else args[0]
         output = func(*args, **kwargs)
-        self.recorder.activation = (before, output)
+        self.recorder.activation = (before, output, func, args[1:], kwargs)
         return output
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from distillzoo.errors import OptionError, TapError, near_matches
 from distillzoo.stages import Probe, classifier_input, declared_stages, find_stages, resolve_stages, split_path
+from distillzoo.stages.finders import split_and_get
 from distillzoo.stages.layouts import as_view, pooled_view
-from distillzoo.taps.inputs import check_input_kept
 from distillzoo.taps.outputs import logits_of
 from distillzoo.taps.recording import ActivationHook, ActivationWatch, InputHook, OutputHook, Recorder
 from distillzoo.types import DataSpec, Layout, Stage, Trace
@@ -31,7 +31,7 @@ class Tapped:
         module: A plain classifier: ``forward(images) -> (B, num_classes)``.
         data: Size and channels of the images of the dry batch that measures shapes (in eval mode, buffers untouched).
         stages: Stages, or tap paths, shallow to deep, in place of those found; a mapping names any taps, ``pooled`` among them.
-        role: ``"student"`` or ``"teacher"``, for messages.
+        role: What the network is, for messages: ``"student"``, ``"teacher"``, ``"network"``.
 
     Attributes:
         module: The network.
@@ -67,11 +67,11 @@ class Tapped:
         probe = Probe(module, data)
         extra: dict[str, Stage] = {}
         if stages is None:
-            self.stages = find_stages(module, probe)
+            self.stages = find_stages(probe)
         else:
-            self.stages, extra = resolve_stages(module, stages, probe)
+            self.stages, extra = resolve_stages(stages, probe)
         self._doubtful = self._found_in_graph(stages) - extra.keys()
-        self._taps = self._table(extra, None if "pooled" in extra else classifier_input(module, probe))
+        self._taps = self._table(extra, None if "pooled" in extra else classifier_input(probe))
         self._measure(probe)
 
     def _found_in_graph(self, given: Sequence[Stage | str] | Mapping[str, Stage | str] | None) -> set[str]:
@@ -122,7 +122,7 @@ class Tapped:
         with self._hooked(self._doubtful), probe.training():
             output, _ = self._noted(probe, self._doubtful)
             logits_of(self.module, output, len(probe.images), self.num_classes, self.role)
-        check_input_kept(probe, self.role)  # dropout may work in place on the images themselves
+        probe.check_images_kept(self.role)  # dropout may work in place on the images themselves
 
     def _dry(self, probe: Probe, *, dropping: bool = False) -> tuple[Any, dict[str, Tensor]]:
         with probe.evaluating(dropping=dropping):
@@ -295,21 +295,3 @@ class Tapped:
                 f"The tap {name!r} ({self._taps[name][0]}) of the {self.role} was overwritten in place after it was read; "
                 "switch the in-place operation that follows it off."
             )
-
-
-def split_and_get(module: nn.Module, path: str) -> nn.Module:
-    """Return the submodule that a module path or tap path names.
-
-    Raises:
-        TapError: If there is none; the nearest paths are named.
-    """
-    name = split_path(path)[0]
-    try:
-        return module.get_submodule(name)
-    except AttributeError:
-        paths = [known for known, _ in module.named_modules() if known]
-        near = near_matches(name, paths, limit=5) or paths[:5]
-        raise TapError(
-            f"{type(module).__name__} has no module {name!r}; the nearest paths are {', '.join(near)}. "
-            "A tap is a module path, with ':input' after it for the module's input."
-        ) from None

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from distillzoo.errors import DistillZooError, OptionError, ShapeError, failure_of
 from distillzoo.stages import Probe
-from distillzoo.taps.inputs import check_input_kept
 from distillzoo.taps.tapped import Tapped
 from distillzoo.types import Batch, DataSpec, Stage, Trace
 
@@ -68,7 +67,7 @@ class Teacher(Tapped):
     def _measure(self, probe: Probe) -> None:
         super()._measure(probe)
         if self._view is None or self._view.passes_on:  # else what it writes to is its own view
-            check_input_kept(probe, self.role)
+            probe.check_images_kept(self.role)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
