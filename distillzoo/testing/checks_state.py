@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from distillzoo.distiller import Distiller
-from distillzoo.streams import Stream, forked_generator
 from distillzoo.taps import Teacher
 from distillzoo.testing.comparing import difference, snapshot, trace_tensors
 from distillzoo.testing.hidden import hidden
 from distillzoo.testing.subject import Loop, Subject, hold, point
-from distillzoo.types import Batch, StepOutput
+from distillzoo.types import Batch
 
 __all__ = [
     "check_eval",
@@ -213,18 +212,13 @@ def check_eval(subject: Subject) -> None:
     losses = []
     for given in (False, True, False):
         with torch.no_grad():
-            losses.append(_forked(subject, distiller, batch, given).loss)
+            losses.append(subject.step(distiller, batch, given_trace=given).loss)
     changed = difference(before, dict([*distiller.named_buffers(), *distiller.named_parameters()]))
     hold(not changed, f"a forward in eval mode changed {', '.join(changed[:3])}; write to buffers only while self.training.")
     hold(
         all(torch.equal(losses[0], loss) for loss in losses),
         f"the same batch gave the losses {[float(loss) for loss in losses]} in eval mode; they must be one number.",
     )
-
-
-def _forked(subject: Subject, distiller: Distiller, batch: Batch, given_trace: bool = False) -> StepOutput:
-    with forked_generator(Stream.named(0, "testing", "dropout")):
-        return subject.feed(distiller, batch, subject.trace(distiller, batch) if given_trace else None)
 
 
 @point(11, "moves, copies, autocast")
@@ -235,7 +229,7 @@ def check_moves(subject: Subject) -> None:
     for given in (False, True):
         distiller = subject.build()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = _forked(subject, distiller, subject.batch(), given).loss
+            loss = subject.step(distiller, subject.batch(), given_trace=given).loss
         hold(loss.dtype == torch.float32, f"under autocast the loss is {loss.dtype}; compute losses in float32.")
         hold(torch.isfinite(loss), f"under autocast the loss is {loss.item()}; it must be finite.")
         loss.backward()  # type: ignore[no-untyped-call]
@@ -245,7 +239,7 @@ def _check_float64(subject: Subject) -> None:
     distiller = subject.build().to(torch.float64)
     batch = subject.batch()
     second = None if batch.second_view is None else batch.second_view.double()
-    loss = _forked(subject, distiller, Batch(batch.images.double(), batch.targets, batch.index, second)).loss
+    loss = subject.step(distiller, Batch(batch.images.double(), batch.targets, batch.index, second)).loss
     hold(loss.dtype == torch.float64, f"after .to(float64) the loss is {loss.dtype}; do not cast to a fixed type.")
     loss.backward()  # type: ignore[no-untyped-call]
     distiller.after_step()

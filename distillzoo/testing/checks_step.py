@@ -34,11 +34,6 @@ __all__ = [
 _LONG_TRAINING = 300  # epochs; longer than any warm-up
 
 
-def _one_step(subject: Subject, distiller: Distiller, batch: Batch, *, given_trace: bool = False) -> StepOutput:
-    with forked_generator(Stream.named(0, "testing", "dropout")):
-        return subject.feed(distiller, batch, subject.trace(distiller, batch) if given_trace else None)
-
-
 @point(1, "a step gives finite named terms")
 def check_terms(subject: Subject) -> None:
     """(1) A step gives finite scalar terms, the same names as the weights, and a loss that is their weighted sum.
@@ -71,7 +66,9 @@ def check_terms(subject: Subject) -> None:
         except ContractError:
             raise
         except (RuntimeError, IndexError, DistillZooError) as error:
-            hold(False, f"soft targets stop it ({error}), and it does not declare hard_labels; declare them in requires.")
+            raise ContractError(
+                f"soft targets stop it ({error}), and it does not declare hard_labels; declare them in requires."
+            ) from error
         _check_output(subject, out, distiller, len(batch.images))
 
 
@@ -87,7 +84,7 @@ def _watched_step(subject: Subject, distiller: Distiller, batch: Batch, *, given
 
     before = marked(batch_tensors(batch))
     vars(distiller)["distill_terms"] = watched
-    out = _one_step(subject, distiller, batch, given_trace=given_trace)
+    out = subject.step(distiller, batch, given_trace=given_trace)
     found.extend(f"the batch's {name}" for name in written(before, batch_tensors(batch)))
     hold(not found, f"a step writes into {', '.join(found)}, which other members and the loop read; work on a copy.")
     return out
@@ -132,7 +129,7 @@ def check_gradients(subject: Subject) -> None:
         first = next(progress for planned, progress in loop.plan if planned == phase)
         distiller.override_weights({name: _largest(schedule, phase, first) for name, schedule in distiller.weights.items()})
         distiller.set_progress(first)
-        loss = _one_step(subject, distiller, subject.batch()).loss
+        loss = subject.step(distiller, subject.batch()).loss
         hold(loss.requires_grad, f"the loss of phase {phase.name!r} needs no gradient: its terms reach none of its tensors.")
         loss.backward()  # type: ignore[no-untyped-call]
         reached |= {name for name, p in distiller.named_parameters() if p.grad is not None}
@@ -157,11 +154,13 @@ def check_batch_sizes(subject: Subject) -> None:
     for number, size in enumerate((5, 3, 2, 1, 5)):
         batch = subject.batch(number, size)
         try:
-            loss = _one_step(subject, distiller, batch, given_trace=bool(number % 2)).loss
+            loss = subject.step(distiller, batch, given_trace=bool(number % 2)).loss
             loss.backward()  # type: ignore[no-untyped-call]
             distiller.after_step()
         except Exception as error:
-            hold(False, f"a batch of {size} stopped it with {type(error).__name__}: {error} Read the size from the batch.")
+            raise ContractError(
+                f"a batch of {size} stopped it with {type(error).__name__}: {error} Read the size from the batch."
+            ) from error
         hold(torch.isfinite(loss), f"the loss of a batch of {size} is {loss.item()}; guard what needs more samples.")
         bad = [name for name, p in distiller.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         hold(not bad, f"a batch of {size} gives gradients that are not finite on {', '.join(bad)}; guard the square roots.")
@@ -174,17 +173,16 @@ def check_pairs(subject: Subject) -> None:
         other = subject.on(make_pair)
         try:
             distiller = _build_odd(other)
-            loss = _one_step(other, distiller, other.batch()).loss
+            loss = other.step(distiller, other.batch()).loss
             loss.backward()  # type: ignore[no-untyped-call]
         except UnsupportedPairError as error:
             hold(len(str(error).split()) > 3, f"{difference} is refused without a reason ({str(error)!r}); write the sentence.")
             continue
         except Exception as error:
-            hold(
-                False,
+            raise ContractError(
                 f"{difference} stopped it with {type(error).__name__}: {error} Take sizes from the measured shapes, or refuse "
-                "the pair with UnsupportedPairError.",
-            )
+                "the pair with UnsupportedPairError."
+            ) from error
         hold(torch.isfinite(loss), f"the loss is {loss.item()} for {difference}; it must be finite.")
 
 
@@ -252,8 +250,10 @@ def _must_refuse(build: Callable[[], object], kind: str, misspelt: str, right: s
         hold(named, f"the error for the {kind} {misspelt!r} does not name {right!r}: {error}")
         return
     except TypeError as error:
-        hold(False, f"the {kind} {misspelt!r} is refused by Python ({error}), not in a sentence; raise OptionError.")
-    hold(False, f"the {kind} {misspelt!r} is swallowed; take options by name, never as **kwargs.")
+        raise ContractError(
+            f"the {kind} {misspelt!r} is refused by Python ({error}), not in a sentence; raise OptionError."
+        ) from error
+    raise ContractError(f"the {kind} {misspelt!r} is swallowed; take options by name, never as **kwargs.")
 
 
 @point(13, "torch.compile accepts forward")
@@ -285,9 +285,8 @@ def _compiled_loss(subject: Subject, batch: Batch, compiled: bool, given_trace: 
             return subject.feed(module, batch, trace, like=distiller).loss.detach()
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
-            hold(
-                False, f"torch.compile stops with {type(error).__name__}: {reason} Take host syncs and data-dependent branches out."
-            )
-            raise
+            raise ContractError(
+                f"torch.compile stops with {type(error).__name__}: {reason} Take host syncs and data-dependent branches out."
+            ) from error
         finally:
             torch.compiler.reset()

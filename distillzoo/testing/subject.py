@@ -104,6 +104,11 @@ class Subject:
         assert isinstance(out, StepOutput)
         return out
 
+    def step(self, distiller: Distiller, batch: Batch, *, given_trace: bool = False) -> StepOutput:
+        """Feed a distiller under a generator of its own, for dropout; it runs its teacher itself unless it is given the trace."""
+        with forked_generator(Stream.named(0, "testing", "dropout")):
+            return self.feed(distiller, batch, self.trace(distiller, batch) if given_trace else None)
+
 
 def _needed(distiller: Distiller, batch: Batch) -> Batch:
     needs = distiller.requires

@@ -29,6 +29,10 @@ class Base(Distiller):
         super().__init__(student, teacher, data, weights=weights, seed=seed)
         self.width = student.shapes["pooled"][0], teacher.shapes["pooled"][0]
         self.regressor = nn.Linear(*self.width, bias=bias)
+        self.make(student, teacher, data)
+
+    def make(self, student, teacher, data):
+        """Add what a method needs."""
 
     def hint(self, student, teacher, batch):
         return F.mse_loss(self.regressor(student.features["pooled"]), teacher.features["pooled"])
@@ -52,8 +56,7 @@ class Bank(Base):
 
     requires = Requires(student_taps=("pooled",), teacher_taps=("pooled",), index=True, hard_labels=True)
 
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.register_buffer("bank", torch.zeros(data.num_samples, self.width[0]))
         self.register_buffer("new", torch.zeros(data.num_samples, self.width[0]))
 
@@ -76,8 +79,7 @@ class SecondView(Base):
 
 
 class StreamNoise(Base):
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.noise = self.stream("noise")
 
     def hint(self, student, teacher, batch):
@@ -99,8 +101,7 @@ class Doubled(nn.Module):
 class Restructuring(Base):
     """Expands the last convolution into a mean of two and folds it in the export."""
 
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.path = student.stages[-1].linear
         student.replace(self.path, Doubled(student.submodule(self.path)))
 
@@ -127,8 +128,7 @@ class Refusing(Base):
 class Prepared(Base):
     """Class means gathered before training, in a buffer."""
 
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.register_buffer("mean", torch.zeros(3))
 
     def prepare(self, loader):
@@ -153,8 +153,7 @@ def test_a_sound_distiller_passes_every_point(method):
 class VarianceInList(Base):
     """What mdistiller's VID does."""
 
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.log_variances = [nn.Parameter(torch.zeros(()))]
 
     def hint(self, student, teacher, batch):
@@ -163,14 +162,12 @@ class VarianceInList(Base):
 
 
 class ModuleInDict(Base):
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.extra = {"deep": [{"scale": nn.Conv2d(1, 1, 1)}]}
 
 
 class ModuleInClosure(Base):
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         norm = nn.LayerNorm(2)
         self.call = lambda x: norm(x)
 
@@ -182,8 +179,7 @@ class Wakes(Base):
 
 
 class TeacherAsChild(Base):
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.teacher = teacher.module
 
 
@@ -194,8 +190,7 @@ class ScribblesOnTrace(Base):
 
 
 class PlainState(Base):
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.calls = torch.ones(())
 
     def hint(self, student, teacher, batch):
@@ -206,8 +201,7 @@ class PlainState(Base):
 
 
 class UnsavedBuffer(Base):
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.register_buffer("calls", torch.ones(()), persistent=False)
 
     def hint(self, student, teacher, batch):
@@ -228,8 +222,7 @@ class OtherNoise(Base):
 
     numbers = iter(range(10**6))
 
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         torch.randn(1)
 
     def after_step(self):
@@ -258,14 +251,12 @@ class HostSync(Base):
 
 
 class Unused(Base):
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.unused = nn.Linear(2, 2)
 
 
 class WritesInEval(Base):
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.register_buffer("mean", torch.zeros(()))
 
     def hint(self, student, teacher, batch):
@@ -279,8 +270,7 @@ class BatchOfFour(Base):
 
 
 class NormOfOne(Base):
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.norm = nn.BatchNorm1d(self.width[1])
 
     def hint(self, student, teacher, batch):
@@ -288,14 +278,12 @@ class NormOfOne(Base):
 
 
 class HardCodedWidths(Base):
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.regressor = nn.Linear(8, 12)
 
 
 class Unmoved(Base):
-    def __init__(self, student, teacher, data, *, weights=None, seed=None):
-        super().__init__(student, teacher, data, weights=weights, seed=seed)
+    def make(self, student, teacher, data):
         self.projection = torch.eye(self.width[0])
 
     def hint(self, student, teacher, batch):
