@@ -18,7 +18,7 @@ from pathlib import Path
 from distillzoo.bench.choice import check_kept, choose, keep_records, load_search, table_file, table_text
 from distillzoo.bench.progress import Console
 from distillzoo.bench.rows import TABLES
-from distillzoo.bench.series import run_series, series_options, series_parser, write_text
+from distillzoo.bench.series import exit_code, series_options, series_parser, write_text
 
 _HERE = Path(__file__).resolve().parent
 
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str], console: Console | None = None) -> int:
     """Run the command line and return its exit code, as ``run_table.py`` has them."""
     console, given = console or Console(), parser().parse_args(arguments)
-    return run_series("choose_weights.py", lambda: _choose(given, console), console)
+    return exit_code("choose_weights.py", lambda: _choose(given, console), console)
 
 
 def _choose(given: argparse.Namespace, console: Console) -> int:

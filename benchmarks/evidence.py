@@ -21,7 +21,7 @@ from distillzoo.bench.checks import check_keys
 from distillzoo.bench.cli import Command
 from distillzoo.bench.options import parse_options
 from distillzoo.bench.progress import Console
-from distillzoo.bench.series import copy_records, run_series, series_options, series_parser, write_text
+from distillzoo.bench.series import copy_records, exit_code, series_options, series_parser, write_text
 from distillzoo.bench.yamls import read_yaml
 from distillzoo.data import DataSet
 from distillzoo.errors import OptionError
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str], console: Console | None = None) -> int:
     """Run the command line and return its exit code, as ``run_table.py`` has them."""
     console, given = console or Console(), parser().parse_args(arguments)
-    return run_series("evidence.py", lambda: _run(given, console), console)
+    return exit_code("evidence.py", lambda: _run(given, console), console)
 
 
 def _run(given: argparse.Namespace, console: Console) -> int:

@@ -25,6 +25,7 @@ __all__ = [
     "figures_by_seed",
     "pair_caption",
     "protocol_note",
+    "record_sentences",
     "seeds_text",
     "table_caption",
 ]
@@ -213,14 +214,21 @@ def pair_caption(
         f"{teacher}{theirs}, student {pair.student}{size}; {seeds_text(counts, lines[0].asked)}.",
         "One seed ranks nothing." if max(counts, default=0) == 1 else "",
         f"{'; '.join(ended)}; a mean of the other seeds flatters." if ended else "",
-        teachers_sentence(cells, results),
-        places_sentence(cells, results),
-        cost_sentence(cells, results),
-        exports_sentence(cells, results),
-        untold_sentence(cells, results),
+        *record_sentences(cells, results),
         *sorted({f"Not applicable: {cell.row.title} ({reasons[cell.run.id]})" for cell in cells if cell.run.id in reasons}),
     ]
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def record_sentences(cells: Sequence[Cell], results: Results) -> list[str]:
+    """Return what records tell besides their figures: teachers, places, cost, exports, and what is not told.
+
+    Args:
+        cells: The cells.
+        results: Results by run id.
+    """
+    sentences = (teachers_sentence, places_sentence, cost_sentence, exports_sentence, untold_sentence)
+    return [said for sentence in sentences if (said := sentence(cells, results))]
 
 
 def _listed(parts: Sequence[object], last: str) -> str:

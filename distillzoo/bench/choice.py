@@ -11,7 +11,7 @@ from typing import Any
 
 from distillzoo.bench.captions import Results
 from distillzoo.bench.checks import check_keys, check_list
-from distillzoo.bench.cli import DONE, FAILED, Command
+from distillzoo.bench.cli import Command
 from distillzoo.bench.options import parse_options
 from distillzoo.bench.places import cost_sentence, places_sentence
 from distillzoo.bench.plan import Cell
@@ -20,7 +20,7 @@ from distillzoo.bench.provenance import untold_sentence
 from distillzoo.bench.recipe import Pair
 from distillzoo.bench.render import as_text
 from distillzoo.bench.rows import TABLES, load_table
-from distillzoo.bench.series import copy_records
+from distillzoo.bench.series import DONE, FAILED, copy_records
 from distillzoo.bench.yamls import dump_yaml, load_yaml, read_yaml
 from distillzoo.data import DataSet
 from distillzoo.errors import OptionError

@@ -19,24 +19,23 @@ from distillzoo.bench.lock import folder_lock
 from distillzoo.bench.networks import check_networks, pick_device
 from distillzoo.bench.options import Options, parse_options
 from distillzoo.bench.plan import Plan, TeacherJob, make_plan
-from distillzoo.bench.progress import Console, TimeIsUp
+from distillzoo.bench.progress import Console
 from distillzoo.bench.recipe import Recipe, list_recipes
 from distillzoo.bench.recorded import recorded_data, several_sets, unused_records
 from distillzoo.bench.records import RecordStore, canonical_json
 from distillzoo.bench.refusals import read_refusals, write_refusal
 from distillzoo.bench.rows import list_tables, load_table, select_rows
 from distillzoo.bench.runner import SerialRunner, check_groups
+from distillzoo.bench.series import DONE, FAILED, exit_code
 from distillzoo.bench.sweep import SweepView, sweep_points, sweep_rows
 from distillzoo.bench.table import Table, make_table
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.build import list_distillers
 from distillzoo.data import DATASETS, DataSet, load_dataset
-from distillzoo.errors import DataError, DistillZooError, MissingDependencyError, OptionError
+from distillzoo.errors import DataError, MissingDependencyError, OptionError
 from distillzoo.models import MODELS
 
-__all__ = ["Command", "failed_file", "main"]
-
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+__all__ = ["Command", "main"]
 
 
 def main(arguments: Sequence[str], *, teacher_folders: Sequence[Path] = (), console: Console | None = None) -> int:
@@ -50,35 +49,8 @@ def main(arguments: Sequence[str], *, teacher_folders: Sequence[Path] = (), cons
         0 done, 1 a run failed (the others' records stand), 2 wrong input, 130 interrupted, or ``--minutes`` are over.
     """
     console = console or Console()
-    try:
-        with _short_warnings(console):
-            return _dispatch(parse_options(arguments), teacher_folders, console)
-    except DistillZooError as error:
-        sentence = " ".join(str(error).split())
-        console.warn(f"run_table.py: {sentence}")
-        return WRONG_INPUT
-    except OSError as error:  # a full disk, a file without permission: finished records stand
-        console.warn(f"run_table.py: {failed_file(error)}")
-        return FAILED
-    except TimeIsUp:
-        console.warn("The minutes are over. The same command again goes on from the last checkpoints.")
-        return INTERRUPTED
-    except KeyboardInterrupt:
-        console.warn("Interrupted. The same command again goes on from the last checkpoints.")
-        return INTERRUPTED
-
-
-def failed_file(error: OSError) -> str:
-    """Say which file could not be read or written, and why.
-
-    Args:
-        error: What the system said.
-    """
-    which = "a file" if error.filename is None else repr(str(error.filename))
-    return (
-        f"{which} could not be read or written ({error.strerror or error}); finished records stand, and the same command goes on "
-        "once there is room and permission."
-    )
+    with _short_warnings(console):
+        return exit_code("run_table.py", lambda: _dispatch(parse_options(arguments), teacher_folders, console), console)
 
 
 def _dispatch(options: Options, teacher_folders: Sequence[Path], console: Console) -> int:

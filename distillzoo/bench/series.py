@@ -1,4 +1,4 @@
-"""Commands that make several tables, one ``run_table.py`` after the other: their options, their end, and what they keep."""
+"""What commands share: how they end; and of those that make several tables, their options and what they keep."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distillzoo.bench.cli import FAILED, INTERRUPTED, WRONG_INPUT, failed_file
-from distillzoo.bench.progress import Console
+from distillzoo.bench.progress import Console, TimeIsUp
 from distillzoo.bench.records import atomic
 from distillzoo.errors import DistillZooError
 
-__all__ = ["copy_records", "run_series", "series_options", "series_parser", "write_text"]
+__all__ = ["copy_records", "exit_code", "series_options", "series_parser", "write_text"]
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def series_parser(text: str, results: Path) -> argparse.ArgumentParser:
@@ -47,8 +48,8 @@ def series_options(given: argparse.Namespace) -> list[str]:
     return [*options, *(flag for flag, wanted in flags.items() if wanted)]
 
 
-def run_series(name: str, work: Callable[[], int], console: Console) -> int:
-    """Run a command and return its exit code, as ``run_table.py`` has them; an error is a sentence.
+def exit_code(name: str, work: Callable[[], int], console: Console) -> int:
+    """Run a command and return its exit code; an error is a sentence.
 
     Args:
         name: Name of the command's file.
@@ -60,9 +61,16 @@ def run_series(name: str, work: Callable[[], int], console: Console) -> int:
     except DistillZooError as error:
         console.warn(f"{name}: {' '.join(str(error).split())}")
         return WRONG_INPUT
-    except OSError as error:
-        console.warn(f"{name}: {failed_file(error)}")
+    except OSError as error:  # a full disk, a file without permission: finished records stand
+        which = "a file" if error.filename is None else repr(str(error.filename))
+        console.warn(
+            f"{name}: {which} could not be read or written ({error.strerror or error}); finished records stand, and the same "
+            "command goes on once there is room and permission."
+        )
         return FAILED
+    except TimeIsUp:
+        console.warn("The minutes are over. The same command again goes on from the last checkpoints.")
+        return INTERRUPTED
     except KeyboardInterrupt:
         console.warn("Interrupted. The same command again goes on from the last checkpoints.")
         return INTERRUPTED

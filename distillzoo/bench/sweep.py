@@ -7,22 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distillzoo.bench.captions import (
-    SPREAD_NOTE,
-    Results,
-    accuracy_text,
-    ended_by_seed,
-    ended_text,
-    figures_by_seed,
-    protocol_note,
-)
+from distillzoo.bench.captions import SPREAD_NOTE, Results, protocol_note, record_sentences
 from distillzoo.bench.checks import check_list
-from distillzoo.bench.places import cost_sentence, places_sentence
 from distillzoo.bench.plan import Cell, Plan
-from distillzoo.bench.provenance import exports_sentence, teachers_sentence, untold_sentence
 from distillzoo.bench.recipe import Recipe, apply_override
-from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
+from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text
 from distillzoo.bench.rows import Row, TableSpec, select_rows
+from distillzoo.bench.table import Line, make_line
 from distillzoo.bench.yamls import parse_scalar
 from distillzoo.errors import OptionError
 
@@ -142,18 +133,6 @@ def _expand(row: Row, axes: Sequence[Axis]) -> list[Row]:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A line of a sweep: pair, row, swept values, accuracies, which seeds diverged, and how many seeds were asked for."""
-
-    pair: str
-    title: str
-    point: dict[str, Any]
-    figures: Spread
-    ended: str
-    asked: int
-
-
-@dataclass(frozen=True)
 class SweepView:
     """The view of a sweep: accuracy by values of the swept fields.
 
@@ -172,35 +151,19 @@ class SweepView:
         """Title of the table and the plot."""
         return f"{self.plan.recipe.dataset}: {' x '.join(axis.path for axis in self.axes)}"
 
-    def _entries(self) -> list[_Entry]:
+    def _entries(self) -> list[tuple[str, Line]]:
         found: dict[tuple[str, str, str], list[Cell]] = {}
         for cell in self.plan.cells:
             found.setdefault((str(cell.pair), cell.row.title, repr(cell.row.point)), []).append(cell)
-        return [
-            _Entry(
-                pair,
-                title,
-                dict(cells[0].row.point),
-                spread([*figures_by_seed(cells, self.results, "last_accuracy").values()]),
-                ended_text(ended_by_seed(cells, self.results), len(cells)),
-                len(cells),
-            )
-            for (pair, title, _), cells in found.items()
-        ]
+        return [(pair, make_line(self.plan, cells, self.results, {})) for (pair, _, _), cells in found.items()]
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
-        header = ["method", "pair", *(axis.path for axis in self.axes), "last epoch", "n"]
-        lines = [
-            [
-                entry.title,
-                entry.pair,
-                *(str(entry.point.get(axis.path, "-")) for axis in self.axes),
-                accuracy_text(entry.figures, entry.ended),
-                str(entry.figures.n) if entry.figures.n == entry.asked else f"{entry.figures.n} of {entry.asked}",
-            ]
-            for entry in self._entries()
-        ]
-        return header, lines
+        paths = [axis.path for axis in self.axes]
+        lines = []
+        for pair, line in self._entries():
+            point = dict(line.row.point)
+            lines.append([line.row.title, pair, *(str(point.get(path, "-")) for path in paths), line.accuracy, line.count()])
+        return ["method", "pair", *paths, "last epoch", "n"], lines
 
     @property
     def caption(self) -> str:
@@ -211,14 +174,12 @@ class SweepView:
             if data.split == "heldout"
             else "Evaluated on the test set: nothing may be chosen here."
         )
-        counts = [entry.figures.n for entry in self._entries()]
+        counts = [len(line.last) for _, line in self._entries()]
         described = "; ".join(dict.fromkeys(cell.run.data.description for cell in self.plan.cells))
-        sentences = (teachers_sentence, places_sentence, cost_sentence, exports_sentence, untold_sentence)
-        said = [say(self.plan.cells, self.results) for say in sentences]
         return (
             f"{described} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
             f"over seeds. Differences between rows are paired over seeds; {SPREAD_NOTE} {chosen} {protocol_note(self.plan, counts)}"
-            f"{''.join(f' {sentence}' for sentence in said if sentence)}"
+            f"{''.join(f' {sentence}' for sentence in record_sentences(self.plan.cells, self.results))}"
         )
 
     def text(self) -> str:
@@ -231,31 +192,25 @@ class SweepView:
 
     def csv(self) -> str:
         """Return one line for every point."""
-        return as_csv(
-            [
-                {
-                    "pair": entry.pair,
-                    "row": entry.title,
-                    **entry.point,
-                    "n": entry.figures.n,
-                    "last_mean": entry.figures.mean,
-                    "last_sd": entry.figures.sd,
-                }
-                for entry in self._entries()
-            ]
-        )
+        rows: list[dict[str, Any]] = []
+        for pair, line in self._entries():
+            last = line.spreads()[0]
+            figures = {"n": last.n, "last_mean": last.mean, "last_sd": last.sd}
+            rows.append({"pair": pair, "row": line.row.title, **dict(line.row.point), **figures})
+        return as_csv(rows)
 
     def series(self) -> tuple[str, tuple[Any, ...], dict[str, list[Spread]]]:
         """Return the option on the horizontal axis, its values, and the accuracies by label of a line."""
         axis = self.axes[0]
         lines: dict[str, list[Spread]] = {}
         pairs = len({str(cell.pair) for cell in self.plan.cells}) > 1
-        for entry in self._entries():
-            others = [f"{path}={value}" for path, value in entry.point.items() if path != axis.path]
-            label = ", ".join([entry.title, *([entry.pair] if pairs else []), *others])
+        for pair, line in self._entries():
+            point, last = dict(line.row.point), line.spreads()[0]
+            others = [f"{path}={value}" for path, value in point.items() if path != axis.path]
+            label = ", ".join([line.row.title, *([pair] if pairs else []), *others])
             places = lines.setdefault(label, [Spread(()) for _ in axis.values])
-            if axis.path in entry.point:
-                places[axis.values.index(entry.point[axis.path])] = entry.figures
+            if axis.path in point:
+                places[axis.values.index(point[axis.path])] = last
             else:
-                lines[label] = [entry.figures] * len(axis.values)  # a row that the option does not belong to: a level line
+                lines[label] = [last] * len(axis.values)  # a row that the option does not belong to: a level line
         return axis.path, axis.values, lines

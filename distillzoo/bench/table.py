@@ -21,7 +21,7 @@ from distillzoo.bench.recipe import Pair
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
 from distillzoo.bench.rows import Row
 
-__all__ = ["NOT_APPLICABLE", "Block", "Line", "Table", "count_cells", "make_table"]
+__all__ = ["NOT_APPLICABLE", "Block", "Line", "Table", "count_cells", "make_line", "make_table"]
 
 NOT_APPLICABLE = "not applicable"
 
@@ -228,7 +228,8 @@ def make_table(plan: Plan, results: Results, teacher_info: TeacherInfo, reasons:
     blocks = []
     for pair in dict.fromkeys(cell.pair for cell in plan.cells):
         cells = [cell for cell in plan.cells if cell.pair == pair]
-        lines = [_line(plan, [cell for cell in cells if cell.row.name == name], results, reasons) for name in _names(cells)]
+        names = dict.fromkeys(cell.row.name for cell in cells)
+        lines = [make_line(plan, [cell for cell in cells if cell.row.name == name], results, reasons) for name in names]
         baseline = next((line for line in lines if line.row.name == plan.table.baseline), None)
         if baseline is not None:
             lines = [replace(line, against=line.less(baseline)) for line in lines]
@@ -243,12 +244,15 @@ def make_table(plan: Plan, results: Results, teacher_info: TeacherInfo, reasons:
     return Table(heading, baseline_title(plan), plan.table.baseline, tuple(blocks), caption)
 
 
-def _names(cells: Sequence[Cell]) -> list[str]:
-    return list(dict.fromkeys(cell.row.name for cell in cells))
+def make_line(plan: Plan, own: Sequence[Cell], results: Results, reasons: Mapping[str, str]) -> Line:
+    """Make the line of one row of one pair, but for its differences.
 
-
-def _line(plan: Plan, own: Sequence[Cell], results: Results, reasons: Mapping[str, str]) -> Line:
-    """Make the line of one row of one pair, but for its differences."""
+    Args:
+        plan: The plan of the table.
+        own: The row's cells on the pair.
+        results: Results by run id.
+        reasons: Why a run has no result, by run id.
+    """
     row, last = own[0].row, figures_by_seed(own, results, "last_accuracy")
     taught = {cell.seed: (results.get(cell.run.id, {}).get("teacher") or {}).get("sha256") for cell in own}
     return Line(
