@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from distillzoo.adapters.connectors import full_precision, pool_larger
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError
+from distillzoo.kinds import check_choice
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import Weight
 from distillzoo.taps import Tapped, Teacher
@@ -79,7 +80,7 @@ def attention_loss(student_map: Tensor, teacher_map: Tensor, *, power: float = 2
             f"attention_loss needs (B, C, H, W) maps of one batch; got {tuple(student_map.shape)} and {tuple(teacher_map.shape)}; "
             "tap one stage of each network."
         )
-    check_form(form)
+    check_choice("form", form, Form)
     student_map, teacher_map = pool_larger(full_precision(student_map), full_precision(teacher_map.detach()))
     difference = attention_map(student_map, power) - attention_map(teacher_map, power)
     if form == "code":
@@ -94,12 +95,6 @@ def check_power(power: float) -> None:
     """Raise OptionError unless ``power`` is a finite number of at least 1 (below, a zero feature has no finite slope)."""
     if not 1.0 <= power < float("inf"):
         raise OptionError(f"power must be a finite number of at least 1; got {power}; the paper takes 2.")
-
-
-def check_form(form: str) -> None:
-    """Raise OptionError unless ``form`` is a published one."""
-    if form not in get_args(Form):
-        raise OptionError(f"form is which published loss is meant; got {form!r}; choose one of {', '.join(get_args(Form))}.")
 
 
 @register_distiller("at")
@@ -147,9 +142,8 @@ class AT(Distiller):
     ) -> None:
         super().__init__(student, teacher, data, weights=weights, seed=seed)
         check_power(power)
-        check_form(form)
         self.power = power
-        self.form: Form = form
+        self.form: Form = check_choice("form", form, Form)
         self.pairs = self.stage_pairs()
         self.requires = Requires(tuple(pair[0] for pair in self.pairs), tuple(pair[1] for pair in self.pairs))
 

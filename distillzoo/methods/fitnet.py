@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from distillzoo.adapters.connectors import ConvRegressor, full_precision
 from distillzoo.dataflow.experiments import watch
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError
+from distillzoo.kinds import check_choice
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import Weight
 from distillzoo.stages import Probe
@@ -98,9 +99,7 @@ class FitNet(Distiller):
         seed: int | None = None,
     ) -> None:
         super().__init__(student, teacher, data, weights=weights, seed=seed)
-        if head not in get_args(Head):
-            raise OptionError(f"head is how the regressor ends; got {head!r}; choose one of {', '.join(get_args(Head))}.")
-        self.head = head
+        self.head = check_choice("head", head, Head)
         self.pair = self._choose(hint_stage)
         self.requires = Requires(student_taps=self.pair[:1], teacher_taps=self.pair[1:])
         rectify = self._hint_is_rectified() if head == "auto" else head == "relu"

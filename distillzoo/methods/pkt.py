@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from distillzoo.adapters.connectors import full_precision, unit_rows
 from distillzoo.distiller import Distiller
-from distillzoo.errors import OptionError, ShapeError
+from distillzoo.errors import ShapeError
+from distillzoo.kinds import check_choice
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import Weight
 from distillzoo.taps import Tapped, Teacher
@@ -50,7 +51,7 @@ def pkt_loss(student_vectors: Tensor, teacher_vectors: Tensor, *, mean: Mean = "
             f"pkt_loss needs (B, D) vectors of one batch; got {tuple(student_vectors.shape)} and {tuple(teacher_vectors.shape)}; "
             "pool or flatten maps first."
         )
-    check_mean(mean)
+    check_choice("mean", mean, Mean)
     with torch.autocast(student_vectors.device.type, enabled=False):  # else the products would be made in 16 bits
         own, other = _neighbourhoods(student_vectors), _neighbourhoods(teacher_vectors.detach())
         divergence = other * ((other + _EPSILON).log() - (own + _EPSILON).log())
@@ -62,12 +63,6 @@ def _neighbourhoods(vectors: Tensor) -> Tensor:
     unit = unit_rows(full_precision(vectors), floor=_SMALLEST_NORM, added=_EPSILON)
     kernel = ((unit @ unit.T + 1.0) / 2.0).clamp(min=0.0)  # opposite vectors may round to a cosine below -1
     return kernel / kernel.sum(1, keepdim=True)
-
-
-def check_mean(mean: str) -> None:
-    """Raise OptionError unless ``mean`` exists."""
-    if mean not in get_args(Mean):
-        raise OptionError(f"mean is what the divergence is averaged over; got {mean!r}; choose one of {', '.join(get_args(Mean))}.")
 
 
 @register_distiller("pkt")
@@ -115,8 +110,7 @@ class PKT(Distiller):
         seed: int | None = None,
     ) -> None:
         super().__init__(student, teacher, data, weights=weights, seed=seed)
-        check_mean(mean)
-        self.mean: Mean = mean
+        self.mean: Mean = check_choice("mean", mean, Mean)
 
     def distill_terms(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
         """Return ``probability``."""
