@@ -2,7 +2,7 @@
 
 from distillzoo.methods.at import attention_loss, attention_map
 from distillzoo.methods.crd import nce_loss
-from distillzoo.methods.diffkd import diffkd_logit_loss, diffusion_loss
+from distillzoo.methods.diffkd import diffusion_loss
 from distillzoo.methods.dkd import dkd_loss, nckd_loss, tckd_loss
 from distillzoo.methods.fitnet import hint_loss
 from distillzoo.methods.gpd import dynamic_teacher_loss
@@ -18,7 +18,6 @@ from distillzoo.methods.vid import vid_loss
 __all__ = [
     "attention_loss",
     "attention_map",
-    "diffkd_logit_loss",
     "diffusion_loss",
     "dkd_loss",
     "dynamic_teacher_loss",

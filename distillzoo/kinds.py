@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from distillzoo.errors import OptionError
 
-__all__ = ["check_choice", "is_number", "is_whole"]
+__all__ = ["check_choice", "check_positive", "is_number", "is_whole"]
 
 
 def is_whole(value: object, least: int | None = None) -> bool:
@@ -54,3 +54,20 @@ def check_choice(name: str, value: Any, allowed: Any) -> Any:
     if value not in get_args(allowed):
         raise OptionError(f"{name} is one of {', '.join(get_args(allowed))}; got {value!r}. Choose one of these.")
     return value
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a number that is not finite and above 0.
+
+    Args:
+        name: What the number is, for the sentence.
+        value: The number.
+    Raises:
+        OptionError: If it is another.
+    Example:
+        >>> check_positive("temperature", 0.0)
+        Traceback (most recent call last):
+        distillzoo.errors.OptionError: temperature must be a finite number above 0; got 0.0.
+    """
+    if not 0.0 < value < math.inf:
+        raise OptionError(f"{name} must be a finite number above 0; got {value}.")

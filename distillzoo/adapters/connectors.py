@@ -1,4 +1,5 @@
-"""Bring two tensors together: into one precision, onto one spatial size, to unit length; and regressors from map to map.
+"""Bring two tensors together: into one precision, onto one spatial size, to unit length, to one softened distribution of classes;
+and regressors from map to map.
 
 Nothing here knows a student or a teacher, only tensors and sizes ``(C, H, W)``.
 """
@@ -13,7 +14,15 @@ from torch.nn import functional as F
 
 from distillzoo.errors import ShapeError
 
-__all__ = ["ConvRegressor", "EdgeSafeBatchNorm2d", "PointwiseRegressor", "full_precision", "pool_larger", "unit_rows"]
+__all__ = [
+    "ConvRegressor",
+    "EdgeSafeBatchNorm2d",
+    "PointwiseRegressor",
+    "full_precision",
+    "pool_larger",
+    "softened_divergence",
+    "unit_rows",
+]
 
 _HALF = (torch.float16, torch.bfloat16)
 _LARGEST_KERNEL = 7  # a valid convolution from 32 to 4 pixels would need 29x29
@@ -76,6 +85,19 @@ def unit_rows(x: Tensor, *, floor: float | Tensor = 1e-12, added: float = 0.0) -
     smallest = floor if isinstance(floor, Tensor) else x.new_full((), floor)
     unit = x / (torch.maximum(norm, smallest) + added)
     return torch.where(norm > smallest, unit, unit.detach())
+
+
+def softened_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return T^2 (1/B) sum_b KL(p^t || p^s), p = softmax(z / T): the sum over classes, the mean over the batch, a scalar.
+
+    Args:
+        student: Logits, ``(B, C)``.
+        teacher: Logits, ``(B, C)``, -inf among them or not; no gradient flows into it.
+        temperature: T, > 0.
+    """
+    log_student = F.log_softmax(full_precision(student) / temperature, dim=1)
+    probabilities = F.softmax(full_precision(teacher.detach()) / temperature, dim=1)  # a zero contributes nothing
+    return F.kl_div(log_student, probabilities, reduction="batchmean") * temperature**2
 
 
 class EdgeSafeBatchNorm2d(nn.BatchNorm2d):

@@ -8,15 +8,14 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distillzoo.adapters.connectors import full_precision
-from distillzoo.adapters.embeddings import UnitEmbedding
+from distillzoo.adapters.connectors import full_precision, unit_rows
 from distillzoo.adapters.memory import EmbeddingBank, NegativeSampler, gather_ranks
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError
-from distillzoo.kinds import check_choice, is_whole
+from distillzoo.kinds import check_choice, check_positive, is_whole
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import Weight
 from distillzoo.taps import Tapped, Teacher
@@ -166,8 +165,8 @@ class CRD(Distiller):
             )
         own, other = (net.shapes[net.names("pooled")[0]][0] for net in (student, self._teacher()))
         self.num_samples = len(data.targets)
-        self.student_embed = UnitEmbedding(own, dim)
-        self.teacher_embed = UnitEmbedding(other, dim)
+        self.student_embed = nn.Linear(own, dim)
+        self.teacher_embed = nn.Linear(other, dim)
         self.student_bank = EmbeddingBank(self.num_samples, dim)
         self.teacher_bank = EmbeddingBank(self.num_samples, dim)
         # made here: a name is hashed on the host, which no compiled step can trace
@@ -182,8 +181,8 @@ class CRD(Distiller):
         assert batch.index is not None
         index = batch.index.to(torch.int64)
         self._check_index(index)
-        own = self.student_embed(student.features["pooled"])
-        other = self.teacher_embed(teacher.features["pooled"])
+        own = unit_rows(self.student_embed(student.features["pooled"]))
+        other = unit_rows(self.teacher_embed(teacher.features["pooled"]))
         positive = index
         if self.mode == "relax":
             positive = self.sampler.draw_same_class(self._positives, self.step, labels=batch.targets, index=index)
@@ -238,8 +237,7 @@ class CRD(Distiller):
 
 
 def _check_options(temperature: float, momentum: float, dim: int, mode: str, normalizer: str) -> None:
-    if not 0.0 < temperature < float("inf"):
-        raise OptionError(f"temperature must be a finite number above 0; got {temperature}; the paper's is 0.07.")
+    check_positive("temperature", temperature)
     if not 0.0 <= momentum <= 1.0:
         raise OptionError(f"momentum must be from 0 to 1; got {momentum}; the paper's is 0.5.")
     if not is_whole(dim, 1):

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillzoo.adapters import denoiser
-from distillzoo.adapters.connectors import full_precision, pool_larger
+from distillzoo.adapters.connectors import full_precision, pool_larger, softened_divergence
 from distillzoo.adapters.memory import rank_positions
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError
-from distillzoo.kinds import check_choice, is_whole
+from distillzoo.kinds import check_choice, check_positive, is_whole
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import LinearWarmup, Weight
 from distillzoo.streams import Stream
@@ -22,7 +22,7 @@ from distillzoo.taps import Tapped, Teacher
 from distillzoo.types import Batch, DataSpec, Requires, Trace
 from distillzoo.weighting import preset_weights
 
-__all__ = ["DiffKD", "diffkd_logit_loss", "diffusion_loss"]
+__all__ = ["DiffKD", "diffusion_loss"]
 
 Target = Literal["autoencoder", "normalized", "raw"]
 Places = Literal["both", "map", "logits"]
@@ -57,33 +57,6 @@ def diffusion_loss(
     return F.mse_loss(full_precision(predicted), noise)
 
 
-def diffkd_logit_loss(denoised: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Match the softened probabilities of denoised logits to the teacher's: L = T^2 (1/B) sum_b KL(p^t || p), p = softmax(z / T).
-
-    Huang, Zhang, Zheng, You, Wang, Qian, Xu, "Knowledge Diffusion for Distillation", NeurIPS 2023, arXiv 2305.15712.
-
-    Args:
-        denoised: ``(B, C)``.
-        teacher_logits: ``(B, C)``; no gradient flows into it.
-        temperature: Softmax temperature, > 0. Authors' ImageNet: 1.
-    Returns:
-        Scalar, sum over classes, mean over the batch.
-    Raises:
-        ShapeError: If the logits differ in shape.
-        OptionError: If the temperature is not above 0.
-    """
-    denoiser.check_shapes("diffkd_logit_loss", denoised, teacher_logits)
-    _check_temperature(temperature)
-    log_student = F.log_softmax(full_precision(denoised) / temperature, 1)
-    wanted = F.softmax(full_precision(teacher_logits.detach()) / temperature, 1)
-    return F.kl_div(log_student, wanted, reduction="batchmean") * temperature**2
-
-
-def _check_temperature(temperature: float) -> None:
-    if not 0.0 < temperature < float("inf"):
-        raise OptionError(f"temperature must be a finite number above 0; got {temperature}. The authors' is 1.")
-
-
 class _Place(nn.Module):
     """What serves one pair of tensors: the projection to the target's width, noise matching, the denoiser, the last projection."""
 
@@ -110,7 +83,7 @@ class DiffKD(Distiller):
     Huang, Zhang, Zheng, You, Wang, Qian, Xu, "Knowledge Diffusion for Distillation", NeurIPS 2023, arXiv 2305.15712. Authors' code:
     hunto/DiffKD (7fcf2e5). Total = ce + the four terms, every weight 1. Two places at once: the last stage's map (``feature``: mean
     squared error to the latent of a linear autoencoder, which learns from ``autoencoder`` alone) and the logits (``logits``:
-    :func:`diffkd_logit_loss`, no autoencoder). ``diffusion`` sums :func:`diffusion_loss` over the places; it trains the noise
+    KD's loss of the denoised ones, no autoencoder). ``diffusion`` sums :func:`diffusion_loss` over the places; it trains the noise
     predictors alone, while ``feature`` and ``logits`` reach student and predictors through five denoising steps. The denoiser is
     random at first: ``"warmup"`` lets these two grow over 20 epochs, which the authors do not. Exports hold the plain student.
     Differs from the authors' code: of two maps the larger is pooled; the width is that of the teacher's map, 1024 at most and 256
@@ -169,7 +142,7 @@ class DiffKD(Distiller):
         seed: int | None = None,
     ) -> None:
         super().__init__(student, teacher, data, seed=seed)
-        _check_temperature(temperature)
+        check_positive("temperature", temperature)
         check_choice("target", target, Target)
         check_choice("places", places, Places)
         if latent_channels is not None and (places == "logits" or target != "autoencoder"):
@@ -228,7 +201,7 @@ class DiffKD(Distiller):
         if "logits" in self.places:
             latent = teacher.logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
             denoised, loss = self._denoise("logits", _as_map(student.logits), _as_map(latent))
-            terms["logits"] = diffkd_logit_loss(denoised.flatten(1), teacher.logits, self.temperature)
+            terms["logits"] = softened_divergence(denoised.flatten(1), teacher.logits, self.temperature)
             diffusion.append(loss)
         return {**terms, "diffusion": torch.stack(diffusion).sum()}
 

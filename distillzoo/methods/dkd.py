@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from distillzoo.adapters.connectors import full_precision
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError
+from distillzoo.kinds import check_positive
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import LinearWarmup, Weight
 from distillzoo.taps import Tapped, Teacher
@@ -123,7 +124,7 @@ def _prepare(name: str, student: Tensor, teacher: Tensor, targets: Tensor, tempe
             f"{name} needs ({len(student)},) class numbers; got {tuple(targets.shape)} {targets.dtype}; "
             "switch mixing and soft targets off, or pass the class of largest weight."
         )
-    check_temperature(temperature)
+    check_positive("temperature", temperature)
     true = torch.zeros(student.shape, dtype=torch.bool, device=student.device).scatter_(1, targets.long().unsqueeze(1), True)
     own, other = full_precision(student), full_precision(teacher.detach()).clamp(min=_LOWEST)
     return own / temperature, other / temperature, true
@@ -140,12 +141,6 @@ def _binary_log_probabilities(scaled: Tensor, true: Tensor) -> Tensor:
 def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """KL of two ``(B, K)`` log-probabilities, ``(B,)``."""
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise OptionError unless ``temperature`` is a finite number above 0."""
-    if not 0.0 < temperature < float("inf"):
-        raise OptionError(f"temperature must be a finite number above 0; got {temperature}.")
 
 
 @register_distiller("dkd")
@@ -194,7 +189,7 @@ class DKD(Distiller):
         seed: int | None = None,
     ) -> None:
         super().__init__(student, teacher, data, weights=weights, seed=seed)
-        check_temperature(temperature)
+        check_positive("temperature", temperature)
         self.temperature = temperature
 
     def distill_terms(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:

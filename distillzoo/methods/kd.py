@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from distillzoo.adapters.connectors import full_precision
+from distillzoo.adapters.connectors import softened_divergence
 from distillzoo.distiller import Distiller
-from distillzoo.errors import OptionError, ShapeError
+from distillzoo.errors import ShapeError
+from distillzoo.kinds import check_positive
 from distillzoo.registry import register_distiller
 from distillzoo.schedules import Weight
 from distillzoo.taps import Tapped, Teacher
@@ -44,16 +44,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
             f"kd_loss needs two (B, C) tensors of one shape; got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}. "
             "Flatten dense or token logits to (B, C) first."
         )
-    check_temperature(temperature)
-    log_student = F.log_softmax(full_precision(student_logits) / temperature, dim=1)
-    probabilities = F.softmax(full_precision(teacher_logits.detach()) / temperature, dim=1)  # a zero contributes nothing
-    return F.kl_div(log_student, probabilities, reduction="batchmean") * temperature**2
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise OptionError unless ``temperature`` is a finite number above 0."""
-    if not 0.0 < temperature < float("inf"):
-        raise OptionError(f"temperature must be a finite number above 0; got {temperature}.")
+    check_positive("temperature", temperature)
+    return softened_divergence(student_logits, teacher_logits, temperature)
 
 
 @register_distiller("kd")
@@ -97,7 +89,7 @@ class KD(Distiller):
         seed: int | None = None,
     ) -> None:
         super().__init__(student, teacher, data, weights=weights, seed=seed)
-        check_temperature(temperature)
+        check_positive("temperature", temperature)
         self.temperature = temperature
 
     def distill_terms(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002

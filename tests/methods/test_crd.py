@@ -139,9 +139,9 @@ def test_the_term_is_the_authors_equation(mode, normalizer):
     index = torch.tensor([3, 17, 8, 30])
     targets = DATA.targets[index]
     trace = distiller.student_net(images.double())
-    own = F.normalize(distiller.student_embed.linear(trace.features["pooled"]), dim=1)
+    own = F.normalize(distiller.student_embed(trace.features["pooled"]), dim=1)
     teacher = distiller.teacher_net(images.double())
-    other = F.normalize(distiller.teacher_embed.linear(teacher.features["pooled"]), dim=1)
+    other = F.normalize(distiller.teacher_embed(teacher.features["pooled"]), dim=1)
     positive = index
     if mode == "relax":
         positive = distiller.sampler.draw_same_class(distiller.stream("positives"), 0, labels=targets, index=index)
@@ -219,8 +219,8 @@ def test_banks_move_after_the_step_by_the_last_embeddings(mode):
 def test_the_teachers_embedding_trains_and_the_banks_do_not():
     distiller = crd()
     step(distiller, [0, 1, 2, 3])
-    assert distiller.teacher_embed.linear.weight.grad.abs().sum() > 0
-    assert distiller.student_embed.linear.weight.grad.abs().sum() > 0
+    assert distiller.teacher_embed.weight.grad.abs().sum() > 0
+    assert distiller.student_embed.weight.grad.abs().sum() > 0
     assert not any("bank" in name for name, _ in distiller.named_parameters())
     assert all(parameter.grad is None for parameter in distiller.teacher_net.module.parameters())
 
@@ -291,7 +291,7 @@ def test_small_batches_zero_features_and_equal_embeddings_are_finite(size):
             return self.fc(0.0 * self.blocks(images).mean((2, 3)))
 
     for distiller in (crd(student=Mute(4)), crd(student=Mute(4), teacher=Mute(8))):
-        distiller.student_embed.linear.bias.data.zero_()
+        distiller.student_embed.bias.data.zero_()
         for index in ([7] * size, list(range(size))):
             out = step(distiller, index)
             assert torch.isfinite(out.loss)

@@ -8,7 +8,7 @@ from torch import distributed, nn
 from distillzoo import build_distiller, create_model
 from distillzoo.adapters import denoiser
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError
-from distillzoo.functional import diffkd_logit_loss, diffusion_loss, kd_loss
+from distillzoo.functional import diffusion_loss
 from distillzoo.schedules import LinearWarmup
 from distillzoo.testing import check_distiller
 from distillzoo.types import Progress
@@ -56,25 +56,6 @@ def test_diffusion_loss_is_zero_for_who_knows_the_noise_and_trains_the_predictor
     for clean, times in ((CLEAN[:2], TIMES), (CLEAN, TIMES[:2])):
         with pytest.raises(ShapeError, match="diffusion_loss"):
             diffusion_loss(clean, NOISE, times, shrinking)
-
-
-def test_logit_loss_is_softened_divergence():
-    student, teacher = oracles.student_logits(), oracles.teacher_logits()
-    for temperature in (1.0, 4.0):
-        p, q = ((z / temperature).softmax(1).numpy() for z in (teacher, student))
-        expected = temperature**2 * (p * np.log(p / q)).sum() / len(p)
-        loss = diffkd_logit_loss(student, teacher, temperature)
-        assert loss.item() == pytest.approx(expected, rel=1e-12)
-        torch.testing.assert_close(loss, kd_loss(student, teacher, temperature))
-    torch.testing.assert_close(diffkd_logit_loss(student, teacher), diffkd_logit_loss(student, teacher, 1.0))
-    oracles.check_teacher_is_constant(diffkd_logit_loss, student, teacher)
-    oracles.check_half_types(diffkd_logit_loss, student, teacher)
-    oracles.check_finite(diffkd_logit_loss, torch.tensor([[1e4, -1e4]]), torch.tensor([[-math.inf, 0.0]]))
-    with pytest.raises(ShapeError, match="diffkd_logit_loss"):
-        diffkd_logit_loss(student, teacher[:, :4])
-    for temperature in (0.0, -1.0, math.nan):
-        with pytest.raises(OptionError, match="temperature"):
-            diffkd_logit_loss(student, teacher, temperature)
 
 
 # ---------------------------------------------------------------------------------------------------- the distiller

@@ -62,6 +62,7 @@ def test_finite_at_extreme_logits(size):
     gap[:, 0] = 1e4
     for student, teacher in ((gap, -gap), (gap, gap), (torch.zeros(size, 5), gap), (gap, torch.zeros(size, 5))):
         oracles.check_finite(kd_loss, student, teacher)
+    oracles.check_finite(kd_loss, torch.tensor([[1e4, -1e4]]), torch.tensor([[-math.inf, 0.0]]))
 
 
 def test_compiles_and_treats_the_teacher_as_constant():
