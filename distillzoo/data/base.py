@@ -149,25 +149,12 @@ class ResidentDataSet:
     def train_loader(
         self, batch_size: int, *, seed: int, device: torch.device | str = "cpu", channels_last: bool = False
     ) -> ResidentLoader:
-        """Return the loader of the training subset: shuffled and augmented.
-
-        Args:
-            batch_size: Images in a batch.
-            seed: Seed of order and views.
-            device: Where batches are wanted; the images are kept there for the next loader.
-            channels_last: Whether images are laid out with the channels last in memory.
-        """
+        """Return the loader of the training subset: shuffled and augmented; the images stay on the device for the next one."""
         data = self._on(device, "train")
         return ResidentLoader(data, self.spec, batch_size=batch_size, seed=seed, augment=self.augment, channels_last=channels_last)
 
     def eval_loader(self, batch_size: int, *, device: torch.device | str = "cpu", channels_last: bool = False) -> ResidentLoader:
-        """Return the loader of the evaluation images: in order, never augmented.
-
-        Args:
-            batch_size: Images in a batch.
-            device: Where batches are wanted; the images are kept there for the next loader.
-            channels_last: Whether images are laid out with the channels last in memory.
-        """
+        """Return the loader of the evaluation images: in order, never augmented; the images stay on the device too."""
         spec = replace(self.spec, num_samples=None, targets=None)  # those of the training subset would be wrong here
         data = self._on(device, "evaluation")
         return ResidentLoader(data, spec, batch_size=batch_size, shuffle=False, channels_last=channels_last)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 
 import torch
 
 from distillzoo.data.base import DATASETS, SplitName
-from distillzoo.data.class_lists import ClassList
 from distillzoo.data.crops import CropViews, make_views
 from distillzoo.data.file_loader import FileLoader, check_workers
 from distillzoo.data.packed import PackedDataSet, packed_set
 from distillzoo.data.splits import hold_out_rows
 from distillzoo.data.tree import Listing, Tree, read_tree
+from distillzoo.data.view_loader import ViewDataSet
 from distillzoo.errors import OptionError
 from distillzoo.types import DataSpec
 
@@ -24,7 +24,7 @@ __all__ = ["FolderDataSet", "folder", "folder_from_tree"]
 
 
 @dataclass(frozen=True, eq=False)
-class FolderDataSet:
+class FolderDataSet(ViewDataSet[Listing]):
     """Image files that are read when they are needed; it follows :class:`distillzoo.data.DataSet`.
 
     Args:
@@ -35,67 +35,22 @@ class FolderDataSet:
         augment: How images are cropped, for training and evaluation.
         train: The training subset.
         evaluation: The images of the split.
-        workers: Processes that read images; ``None`` takes as many as there are processors.
         class_list: Classes of ImageNet that were chosen, where they were.
+        workers: Processes that read images; ``None`` takes as many as there are processors.
     """
 
-    name: str
-    title: str
-    split: SplitName
-    class_names: tuple[str, ...]
-    augment: CropViews
-    train: Listing
-    evaluation: Listing
     workers: int | None = None
-    class_list: ClassList | None = None
-
-    @cached_property
-    def spec(self) -> DataSpec:
-        """What a distiller may know about the data."""
-        views = self.augment
-        size, number = (views.crop, views.crop), len(self.class_names)
-        return DataSpec(number, size, views.mean, views.std, num_samples=len(self.train), targets=self.train.targets)
 
     @cached_property
     def digest(self) -> str:
         """Twelve hexadecimal digits that change when any file or label does, wherever the files lie; reads every file once."""
         return hashlib.sha256(f"{self.train.digest} {self.evaluation.digest}".encode()).hexdigest()[:12]
 
-    @property
-    def description(self) -> str:
-        """One line for captions."""
-        held = "test" if self.split == "test" else "held-out training"
-        return f"{self.title}, {len(self.train):,} training and {len(self.evaluation):,} {held} images"
-
-    def train_loader(
-        self, batch_size: int, *, seed: int, device: torch.device | str = "cpu", channels_last: bool = False
-    ) -> FileLoader:
-        """Return the loader of the training subset: shuffled and augmented.
-
-        Args:
-            batch_size: Images in a batch.
-            seed: Seed of order and views.
-            device: Where batches are wanted.
-            channels_last: Whether images are laid out with the channels last in memory.
-        """
-        return self._loader(self.train, self.spec, batch_size, seed, device, channels_last)
-
-    def eval_loader(self, batch_size: int, *, device: torch.device | str = "cpu", channels_last: bool = False) -> FileLoader:
-        """Return the loader of the evaluation images: in order, the middle of each.
-
-        Args:
-            batch_size: Images in a batch.
-            device: Where batches are wanted.
-            channels_last: Whether images are laid out with the channels last in memory.
-        """
-        spec = replace(self.spec, num_samples=None, targets=None)  # those of the training subset would be wrong here
-        return self._loader(self.evaluation, spec, batch_size, None, device, channels_last)
-
     def _loader(
-        self, files: Listing, spec: DataSpec, batch_size: int, seed: int | None, device: torch.device | str, channels_last: bool
+        self, part: Listing, spec: DataSpec, batch_size: int, seed: int | None, device: torch.device | str, channels_last: bool
     ) -> FileLoader:
         return FileLoader(
-            files,
+            part,
             spec,
             self.augment,
             batch_size=batch_size,
@@ -175,4 +130,4 @@ def folder_from_tree(
     title = title or f"{tree.root.resolve().name} (image folder{', a fifth split off' if tree.seeded else ''})"
     if tree.skipped:
         title += f" without {len(tree.skipped):,} unusable file{'s' * (len(tree.skipped) > 1)}"
-    return FolderDataSet(name, title, split, tree.classes, views, train, evaluation, workers)
+    return FolderDataSet(name, title, split, tree.classes, views, train, evaluation, workers=workers)

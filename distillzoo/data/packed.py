@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from distillzoo.data.base import DATASETS, SplitName
-from distillzoo.data.class_lists import ClassList
-from distillzoo.data.crops import CropViews, make_views
+from distillzoo.data.crops import make_views
 from distillzoo.data.packed_loader import PackedImages, PackedLoader
 from distillzoo.data.packing import PackedPart, file_sha256, read_index
 from distillzoo.data.splits import hold_out_rows
+from distillzoo.data.view_loader import ViewDataSet
 from distillzoo.errors import DataError, OptionError
 from distillzoo.types import DataSpec
 
@@ -31,7 +31,7 @@ _RESIDENT_SHARE = 0.5  # of the device's free memory that images may take
 
 
 @dataclass(frozen=True, eq=False)
-class PackedDataSet:
+class PackedDataSet(ViewDataSet[PackedImages]):
     """Images that were decoded once; it follows :class:`distillzoo.data.DataSet`.
 
     Args:
@@ -45,22 +45,7 @@ class PackedDataSet:
         class_list: Classes of ImageNet that were chosen, where they were.
     """
 
-    name: str
-    title: str
-    split: SplitName
-    class_names: tuple[str, ...]
-    augment: CropViews
-    train: PackedImages
-    evaluation: PackedImages
-    class_list: ClassList | None = None
     _resident: dict[tuple[torch.device, int], Tensor] = field(init=False, repr=False, default_factory=dict)
-
-    @cached_property
-    def spec(self) -> DataSpec:
-        """What a distiller may know about the data."""
-        views = self.augment
-        size, number = (views.crop, views.crop), len(self.class_names)
-        return DataSpec(number, size, views.mean, views.std, num_samples=len(self.train), targets=self.train.targets)
 
     @cached_property
     def digest(self) -> str:
@@ -70,41 +55,11 @@ class PackedDataSet:
             identity.update(part.identity.encode() + part.targets.numpy().tobytes())
         return identity.hexdigest()[:12]
 
-    @property
-    def description(self) -> str:
-        """One line for captions."""
-        held = "test" if self.split == "test" else "held-out training"
-        return f"{self.title}, {len(self.train):,} training and {len(self.evaluation):,} {held} images"
-
-    def train_loader(
-        self, batch_size: int, *, seed: int, device: torch.device | str = "cpu", channels_last: bool = False
+    def _loader(
+        self, part: PackedImages, spec: DataSpec, batch_size: int, seed: int | None, device: torch.device | str, channels_last: bool
     ) -> PackedLoader:
-        """Return the loader of the training subset: shuffled and augmented.
-
-        Args:
-            batch_size: Images in a batch.
-            seed: Seed of order and views.
-            device: Where batches are wanted.
-            channels_last: Whether images are laid out with the channels last in memory.
-        """
-        images = self._near(self.train, torch.device(device))
-        return PackedLoader(
-            images, self.spec, self.augment, batch_size=batch_size, seed=seed, device=device, channels_last=channels_last
-        )
-
-    def eval_loader(self, batch_size: int, *, device: torch.device | str = "cpu", channels_last: bool = False) -> PackedLoader:
-        """Return the loader of the evaluation images: in order, the middle of each.
-
-        Args:
-            batch_size: Images in a batch.
-            device: Where batches are wanted.
-            channels_last: Whether images are laid out with the channels last in memory.
-        """
-        spec = replace(self.spec, num_samples=None, targets=None)  # those of the training subset would be wrong here
-        images = self._near(self.evaluation, torch.device(device))
-        return PackedLoader(
-            images, spec, self.augment, batch_size=batch_size, seed=None, device=device, channels_last=channels_last
-        )
+        near = self._near(part, torch.device(device))
+        return PackedLoader(near, spec, self.augment, batch_size=batch_size, seed=seed, device=device, channels_last=channels_last)
 
     def _near(self, images: PackedImages, device: torch.device) -> PackedImages:
         """Return images whose pixels lie on the device, if it is a GPU and they fit into half of what is free there."""

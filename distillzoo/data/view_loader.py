@@ -1,4 +1,4 @@
-"""What the loaders of photographs share: order, windows and batches; how pixels come about is each one's own.
+"""What data sets of photographs and their loaders share: order, windows and batches; how pixels come about is each one's own.
 
 The order of an epoch is a pure function of (seed, phase, epoch); the view of an image is one of (seed, phase, epoch, position of
 the image). Neither depends on batch size, number of workers, device or what ran before.
@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from distillzoo.data.arrays import normalise
+from distillzoo.data.base import SplitName
+from distillzoo.data.class_lists import ClassList
 from distillzoo.data.crops import CropViews
 from distillzoo.errors import OptionError
 from distillzoo.kinds import is_whole
@@ -137,3 +141,57 @@ class ViewLoader(ABC):
     @abstractmethod
     def _pixels(self, parts: list[Plan]) -> Iterator[tuple[Tensor, ...]]:
         """Yield for every batch the ``(B, 3, crop, crop)`` uint8 images of its views."""
+
+
+class _Images(Protocol):
+    @property
+    def targets(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+ImagesT = TypeVar("ImagesT", bound=_Images)
+
+
+@dataclass(frozen=True, eq=False)
+class ViewDataSet(ABC, Generic[ImagesT]):
+    """Photographs that a :class:`ViewLoader` reads; it follows :class:`distillzoo.data.DataSet`."""
+
+    name: str
+    title: str
+    split: SplitName
+    class_names: tuple[str, ...]
+    augment: CropViews
+    train: ImagesT
+    evaluation: ImagesT
+    class_list: ClassList | None = None
+
+    @cached_property
+    def spec(self) -> DataSpec:
+        """What a distiller may know about the data."""
+        views = self.augment
+        size, number = (views.crop, views.crop), len(self.class_names)
+        return DataSpec(number, size, views.mean, views.std, num_samples=len(self.train), targets=self.train.targets)
+
+    @property
+    def description(self) -> str:
+        """One line for captions."""
+        held = "test" if self.split == "test" else "held-out training"
+        return f"{self.title}, {len(self.train):,} training and {len(self.evaluation):,} {held} images"
+
+    def train_loader(
+        self, batch_size: int, *, seed: int, device: torch.device | str = "cpu", channels_last: bool = False
+    ) -> ViewLoader:
+        """Return the loader of the training subset: shuffled and augmented."""
+        return self._loader(self.train, self.spec, batch_size, seed, device, channels_last)
+
+    def eval_loader(self, batch_size: int, *, device: torch.device | str = "cpu", channels_last: bool = False) -> ViewLoader:
+        """Return the loader of the evaluation images: in order, the middle of each."""
+        spec = replace(self.spec, num_samples=None, targets=None)  # those of the training subset would be wrong here
+        return self._loader(self.evaluation, spec, batch_size, None, device, channels_last)
+
+    @abstractmethod
+    def _loader(
+        self, part: ImagesT, spec: DataSpec, batch_size: int, seed: int | None, device: torch.device | str, channels_last: bool
+    ) -> ViewLoader:
+        """Return the loader of some images; without a seed it evaluates."""
