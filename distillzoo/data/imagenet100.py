@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from os import PathLike
 from pathlib import Path
 
@@ -74,32 +75,23 @@ def imagenet100(
         )
     place = Path(root).expanduser()
     if packed:
-        load = partial(packed_set, place, crop=crop, resize=resize, mean=mean, std=std, name="imagenet100_packed")
-        return _packed_classes(place, wanted, load, split, allow_missing=allow_missing_classes, verify=verify)
+        index = read_index(place)
+        _refuse_none(wanted, index.classes, place, packed=True)
+        chosen = _choose(wanted, {place.name: frozenset(index.classes)}, place, allow_missing_classes)
+        load = partial(packed_set, place, split=split, crop=crop, resize=resize, mean=mean, std=std, verify=verify)
+        images = load(name="imagenet100_packed", title=f"ImageNet, {chosen}", classes=chosen.wnids)
+        labels = {index.classes.index(wnid) for wnid in chosen.wnids}
+        train, evaluation = (sum(label in labels for label in part.labels) for part in (index.train, index.evaluation))
+        _check_counts(chosen, (train, evaluation), index.skipped, place, allow_missing_classes, seeded=index.seeded)
+        return replace(images, class_list=chosen)
     cropped = make_views(crop, resize, mean, std)
     chosen = present_classes(place, wanted, allow_missing=allow_missing_classes)
     tree = read_tree(place, classes=chosen.wnids, skip_bad=skip_bad)
-    bad = _bad_images(tree.skipped, chosen)
-    found = (len(tree.train) + bad[0], len(tree.evaluation) + bad[1])
-    _check_counts(chosen, found, place, allow_missing_classes, seeded=tree.seeded)
+    found = (len(tree.train), len(tree.evaluation))
+    _check_counts(chosen, found, tree.skipped, place, allow_missing_classes, seeded=tree.seeded)
     title = f"ImageNet, {chosen}" + (", a fifth split off" if tree.seeded else "")
     data = folder_from_tree(tree, cropped, split=split, name="imagenet100", title=title, workers=workers)
     return replace(data, class_list=chosen)
-
-
-def _packed_classes(
-    place: Path, wanted: ClassList, load: Callable[..., PackedDataSet], split: SplitName, *, allow_missing: bool, verify: bool
-) -> PackedDataSet:
-    """Load the classes of a list from a packed folder; ``load`` takes title, classes, split and ``verify``."""
-    index = read_index(place)
-    _refuse_none(wanted, index.classes, place, packed=True)
-    chosen = _choose(wanted, {place.name: frozenset(index.classes)}, place, allow_missing)
-    load = partial(load, title=f"ImageNet, {chosen}", classes=chosen.wnids)
-    images = load(split="test", verify=verify)
-    bad = _bad_images(index.skipped, chosen)
-    found = (len(images.train) + bad[0], len(images.evaluation) + bad[1])
-    _check_counts(chosen, found, place, allow_missing, seeded=index.seeded)
-    return replace(images if split == "test" else load(split=split, verify=False), class_list=chosen)
 
 
 def present_classes(root: str | PathLike[str], wanted: ClassList, *, allow_missing: bool = False) -> ClassList:
@@ -187,15 +179,12 @@ def _deeper(place: Path, wanted: ClassList) -> Iterator[Path]:
     """Yield the folders up to three levels below one that hold a class of the list, or ``train`` with one, shallow ones first."""
     level = [place]
     for _ in range(3):
-        level = [Path(entry) for folder in level for entry in sorted(os.scandir(folder), key=_entry_name) if entry.is_dir()][:_MANY]
+        entries = (entry for folder in level for entry in sorted(os.scandir(folder), key=attrgetter("name")))
+        level = [Path(entry) for entry in entries if entry.is_dir()][:_MANY]
         for folder in level:
             train = folder / "train" if (folder / "train").is_dir() else folder
             if any(_has_image(train / wnid) for wnid in wanted.wnids):
                 yield folder
-
-
-def _entry_name(entry: os.DirEntry[str]) -> str:
-    return entry.name
 
 
 def _bad_images(files: Sequence[str], chosen: ClassList) -> tuple[int, int]:
@@ -205,7 +194,11 @@ def _bad_images(files: Sequence[str], chosen: ClassList) -> tuple[int, int]:
     return folders.count("train"), len(folders) - folders.count("train")
 
 
-def _check_counts(chosen: ClassList, found: tuple[int, int], place: Path, allow_missing: bool, *, seeded: bool) -> None:
+def _check_counts(
+    chosen: ClassList, used: tuple[int, int], skipped: Sequence[str], place: Path, allow_missing: bool, *, seeded: bool
+) -> None:
+    bad = _bad_images(skipped, chosen)
+    found = (used[0] + bad[0], used[1] + bad[1])
     if chosen.counts is None or chosen.counts == found:
         return
     train, evaluation = chosen.counts
