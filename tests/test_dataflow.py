@@ -224,6 +224,18 @@ def test_a_tap_that_is_not_reached_is_an_error():
         Flow(network, DATA).linear("unused")
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_network_without_gradients_is_refused(grad):
+    class Graphless(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+                self.fc.weight.add_(0.0)  # no leaf may be written to while gradients are recorded
+                return super().forward(x)
+
+    with pytest.raises(UnsupportedPairError, match="What Graphless computes of its images keeps no gradients"):
+        Flow(Graphless(OwnConv(6, 8)), DATA)
+
+
 def test_what_a_stage_says_by_hand_is_taken():
     network = Net(nn.Sequential(OwnConv(6, 8), NormAct(8), OwnConv(8, 8)))
     net = Tapped(network, DATA, stages=[Stage("blocks.0", linear="blocks.0.0")])

@@ -6,35 +6,16 @@ read the source stop at control flow). What a module computes is asked of it by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from distillzoo.dataflow.experiments import first_tensor, is_linear_op
+from distillzoo.dataflow.experiments import is_linear_op
 from distillzoo.errors import TapError, UnsupportedPairError
-from distillzoo.stages import Probe, is_activation, split_path, tensor_of
+from distillzoo.stages import Call, DryRun, Probe, is_activation, split_path
 from distillzoo.types import DataSpec, Stage
 
 __all__ = ["Flow"]
-
-
-@dataclass(eq=False)
-class _Call:
-    """One call of one module during the dry run; ``start`` and ``end`` count the beginnings and ends of all calls."""
-
-    path: str
-    module: nn.Module
-    start: int
-    argument: torch.Size | None
-    source: Node | None
-    end: int = -1
-    shape: torch.Size | None = None
-    node: Node | None = None
-    tensor: bool = True
 
 
 class Flow:
@@ -43,40 +24,21 @@ class Flow:
     Args:
         module: The network; in eval mode during the run, its buffers untouched.
         data: Size and channels of the images.
+    Raises:
+        UnsupportedPairError: If what it computes keeps no gradients.
     """
 
     def __init__(self, module: nn.Module, data: DataSpec) -> None:
         self.module = module
         self.data = data
-        self.calls: list[_Call] = []
+        self.run = DryRun(Probe(module, data), lists=True)
+        self.calls = self.run.calls
         self._linear: dict[str, bool] = {}
-        self._record(Probe(module, data))
-
-    def _record(self, probe: Probe) -> None:
-        open_calls: list[_Call] = []
-        clock = iter(range(1 << 62))
-
-        def begin(path: str, child: nn.Module, args: Sequence[Any]) -> None:
-            argument = first_tensor(args)
-            shape, source = (None, None) if argument is None else (argument.shape, argument.grad_fn)
-            open_calls.append(_Call(path, child, next(clock), shape, source))
-
-        def finish(output: Any) -> None:
-            call, result = open_calls.pop(), tensor_of(output, len(probe.images))  # what a tap reads
-            call.end, call.tensor = next(clock), isinstance(output, Tensor)
-            call.shape, call.node = (None, None) if result is None else (result.shape, result.grad_fn)
-            self.calls.append(call)
-
-        handles: list[Any] = []
-        for path, child in self.module.named_modules():
-            handles.append(child.register_forward_pre_hook(lambda m, a, path=path: begin(path, m, a)))
-            handles.append(child.register_forward_hook(lambda m, a, output: finish(output)))  # noqa: ARG005
-        try:
-            with probe.evaluating(), torch.enable_grad():
-                self._kept = self.module(probe.images.requires_grad_().clone())  # alive, so that the graph is
-        finally:
-            for handle in handles:
-                handle.remove()
+        if all(call.node is None for call in self.calls):
+            raise UnsupportedPairError(
+                f"What {type(module).__name__} computes of its images keeps no gradients: its forward switches them off, or fails "
+                "where they are on; remove that, or use a method that reads taps or logits alone (fitnet, kd)."
+            )
 
     # ------------------------------------------------------------------ what feeds a tap
 
@@ -90,18 +52,8 @@ class Flow:
             UnsupportedPairError: If no convolution or linear layer feeds the tap.
         """
         target = self._node(tap)
-        depths = _depths(target)
-        made = {call.node: call for call in self.calls if call.node in depths and self._is_linear(call)}
-        found, seen, waiting = [], {target}, [target]
-        while waiting:
-            node = waiting.pop()
-            if node in made:
-                found.append(made[node])
-                continue
-            for parent, _ in node.next_functions:
-                if parent is not None and parent not in seen:
-                    seen.add(parent)
-                    waiting.append(parent)
+        made = {call.node: call for call in self.calls if call.node is not None and self._is_linear(call)}
+        found = self.run.nearest(target, made)
         if not found:
             ops = [call.path for call in self.calls if self._is_linear(call)]
             raise UnsupportedPairError(
@@ -111,7 +63,7 @@ class Flow:
         last = self._last(tap)
         shape = last.argument if split_path(tap)[1] == "input" else last.shape
         assert shape is not None
-        return max(found, key=lambda call: (_alike(call.shape, shape), depths[call.node])).path
+        return max(found, key=lambda call: (_alike(call.shape, shape), self.run.depth(call))).path
 
     def norm_after(self, linear: str) -> str | None:
         """Return the module path of the batch norm that reads what a linear op returned, or None."""
@@ -139,20 +91,19 @@ class Flow:
         """Return the module path of the first linear op that runs after a tap and depends on it, or None."""
         node, time = self._node(tap), self.time(tap)
         later = sorted((call for call in self.calls if call.start >= time), key=lambda call: call.start)
-        return next(
-            (call.path for call in later if self._is_linear(call) and call.node is not None and node in _depths(call.node)), None
-        )
+        made = self.run.after([node])
+        return next((call.path for call in later if call.node in made and self._is_linear(call)), None)
 
     def time(self, tap: str) -> int:
         """When the tap's tensor was there, on the clock of the calls."""
         call = self._last(tap)
         return call.start if split_path(tap)[1] == "input" else call.end
 
-    def calls_of(self, path: str) -> list[_Call]:
+    def calls_of(self, path: str) -> list[Call]:
         """Return the calls of one module in order."""
         return [call for call in self.calls if call.path == path]
 
-    def _last(self, tap: str) -> _Call:
+    def _last(self, tap: str) -> Call:
         calls = self.calls_of(split_path(tap)[0])
         if not calls:
             raise TapError(f"The forward of {type(self.module).__name__} does not reach {tap!r}; name a module that it calls.")
@@ -166,32 +117,17 @@ class Flow:
             raise TapError(f"The tap {tap!r} of {type(self.module).__name__} does not depend on the images; name one that does.")
         return node
 
-    def _is_linear(self, call: _Call) -> bool:
+    def _is_linear(self, call: Call) -> bool:
         if call.path not in self._linear:
             once = len(self.calls_of(call.path)) == 1
             self._linear[call.path] = once and call.argument is not None and is_linear_op(call.module, call.argument)
         return self._linear[call.path]
 
     @staticmethod
-    def _is_activation(call: _Call) -> bool:
+    def _is_activation(call: Call) -> bool:
         return call.argument is not None and call.argument == call.shape and is_activation(call.module, call.argument)
 
 
 def _alike(shape: torch.Size | None, other: torch.Size) -> bool:
     """Whether two tensors are of one size (however it is shaped), or their maps are."""
     return shape is not None and (shape.numel() == other.numel() or shape[2:] == other[2:])
-
-
-def _depths(target: Node) -> dict[Node | None, int]:
-    """Every node that ``target`` comes from with the length of the longest way to it from the images."""
-    depths: dict[Node | None, int] = {}
-    waiting = [target]
-    while waiting:
-        parents = [parent for parent, _ in waiting[-1].next_functions if parent is not None]
-        missing = [parent for parent in parents if parent not in depths]
-        if missing:
-            waiting.extend(missing)
-            continue
-        node = waiting.pop()
-        depths[node] = 1 + max((depths[parent] for parent in parents), default=0)
-    return depths

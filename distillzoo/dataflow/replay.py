@@ -178,7 +178,7 @@ class RemainingPath:
         for name, _ in flow.module.named_modules():  # parents come before their children
             calls = flow.calls_of(name)
             inside = any(name.startswith(f"{other}.") for other in replaced)
-            shapes = [call.shape for call in calls if call.end < time and call.tensor and call.shape is not None]
+            shapes = [call.shape for call in calls if call.end < time and call.alone and call.shape is not None]
             if calls and name != path and not inside and len(shapes) == len(calls):
                 replaced[name] = _Skipped(self._run, name, shapes)
         return replaced

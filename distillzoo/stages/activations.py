@@ -102,20 +102,11 @@ def _fused(run: DryRun, activation: Call) -> str | None:
 
 
 def _norm(run: DryRun, source: Node | None) -> str | None:
+    if source is None:
+        return None
     made = {call.node: call for call in reversed(run.calls) if call.is_norm and call.node is not None}
-    found: list[Call] = []
-    seen: set[Node] = set()
-    waiting = [] if source is None else [source]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node in made:
-            found.append(made[node])
-        elif node.name().startswith(_ADDING):
-            waiting += [parent for parent, _ in node.next_functions if parent is not None]
-    depths = sorted(((run.depths.get(call.node, -1), call.path) for call in found if call.node is not None), reverse=True)
+    found = run.nearest(source, made, lambda node: node.name().startswith(_ADDING))
+    depths = sorted(((run.depth(call), call.path) for call in found), reverse=True)
     if not depths or (len(depths) > 1 and depths[0][0] == depths[1][0]):
         return None  # equal branches that are added up (re-parameterisable blocks): no one norm describes their sum
     return depths[0][1]

@@ -253,19 +253,8 @@ def _heads(run: DryRun) -> list[Call]:
     logits = run.logits
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.grad_fn is None:
         return []
-    made = {call.node: call for call in run.calls if call.has_weights and call.node is not None and call.shape is not None}
-    found: list[Call] = []
-    seen: set[Node] = set()
-    waiting = [logits.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node in seen or node not in run.depths:
-            continue
-        seen.add(node)
-        if node in made:
-            found.append(made[node])
-        else:
-            waiting += [parent for parent, _ in node.next_functions if parent is not None]
+    made = {call.node: call for call in run.calls if call.node in run.depths and call.has_weights}
+    found = run.nearest(logits.grad_fn, made, run.depths.__contains__)
     width = logits.shape[1]
     heads = [call for call in found if call.shape is not None and width in (call.shape[1], call.shape[-1])]
     return [call for call in heads if run.last(call.path) is call and call.argument is not None]

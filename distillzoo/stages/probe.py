@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -162,18 +163,24 @@ class Call:
     Args:
         path: Path of the module.
         module: The module.
+        start: When it began, on a clock that counts the beginnings and ends of all calls.
         argument: Shape of the first tensor that it took.
         source: What made that tensor, a node of the graph of gradients.
+        end: When it ended.
         shape: Shape of what it returned; ``None`` where that is no tensor.
         node: What made it.
+        alone: Whether it returned one tensor and nothing else.
     """
 
     path: str
     module: nn.Module
-    argument: tuple[int, ...] | None = None
+    start: int
+    argument: torch.Size | None = None
     source: Node | None = None
-    shape: tuple[int, ...] | None = None
+    end: int = -1
+    shape: torch.Size | None = None
     node: Node | None = None
+    alone: bool = True
 
     @property
     def has_weights(self) -> bool:
@@ -197,14 +204,16 @@ class DryRun:
 
     Args:
         probe: Network and dry batch.
+        lists: Whether of a module that returns a list a tensor of it is noted; such a list is one of branches.
 
     Attributes:
         calls: The calls in the order they ended.
         logits: What the network returned.
     """
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, *, lists: bool = False) -> None:
         self.module = probe.module
+        self.lists = lists
         self.calls: list[Call] = []
         try:
             with probe.evaluating(), torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):  # noqa: ARG005
@@ -217,19 +226,19 @@ class DryRun:
     def _record(self, images: Tensor) -> Any:
         self._root = images.grad_fn
         opened: list[Call] = []
+        clock = itertools.count()
 
         def begin(path: str, child: nn.Module, args: Sequence[Any]) -> None:
             first = next((item for item in args if isinstance(item, Tensor)), None)
-            call = Call(path, child)
-            if first is not None:
-                call.argument, call.source = tuple(first.shape), first.grad_fn
-            opened.append(call)
+            shape, source = (None, None) if first is None else (first.shape, first.grad_fn)
+            opened.append(Call(path, child, next(clock), shape, source))
 
         def end(output: Any) -> None:
             call = opened.pop()
-            found = None if isinstance(output, list) else tensor_of(output, len(images))  # a list is one of branches
+            call.end, call.alone = next(clock), isinstance(output, Tensor)
+            found = None if isinstance(output, list) and not self.lists else tensor_of(output, len(images))
             if found is not None:
-                call.shape, call.node = tuple(found.shape), found.grad_fn
+                call.shape, call.node = found.shape, found.grad_fn
             self.calls.append(call)
 
         handles: list[Any] = []
@@ -267,6 +276,30 @@ class DryRun:
                 reached = [depth for parent in parents if (depth := depths[parent]) is not None]
                 depths[node] = 1 + max(reached) if reached else None  # None: made of parameters alone
         return dict(sorted(((n, d) for n, d in depths.items() if d is not None), key=lambda item: item[1]))
+
+    def depth(self, call: Call) -> int:
+        """Return the length of the longest way from the images to what a call returned; -1 where the logits do not come from it."""
+        return -1 if call.node is None else self.depths.get(call.node, -1)
+
+    def nearest(self, start: Node, made: Mapping[Node, Call], through: Callable[[Node], bool] | None = None) -> list[Call]:
+        """Return the calls that a node comes from with no other of them in between.
+
+        Args:
+            start: The node.
+            made: The calls that are looked for, by what made their outputs.
+            through: Which nodes may lie in between; ``None``: any.
+        """
+        found, seen, waiting = [], {start}, [start]
+        while waiting:
+            node = waiting.pop()
+            if node in made:
+                found.append(made[node])
+            elif through is None or through(node):
+                for parent, _ in node.next_functions:
+                    if parent is not None and parent not in seen:
+                        seen.add(parent)
+                        waiting.append(parent)
+        return found
 
     def after(self, nodes: Iterable[Node | None]) -> set[Node]:
         """Return the nodes, and every node that is made of one of them."""
