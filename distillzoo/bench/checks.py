@@ -28,16 +28,16 @@ def check_list(name: str, values: Sequence[object]) -> None:
         raise OptionError(f"{name} lists {twice[0]!r} twice; name each once.")
 
 
-def check_keys(given: object, known: Iterable[str], where: str) -> None:
-    """Refuse anything but a mapping with known keys; near matches are named.
+def check_keys(given: object, known: Iterable[str] | None, where: str) -> None:
+    """Refuse anything but a mapping with known keys, ``None``: any keys; near matches are named.
 
     Raises:
         OptionError: If a key is unknown, or it is no mapping.
     """
     if not isinstance(given, Mapping):
-        raise OptionError(f"{where} must be a mapping of names to values; got {given!r}.")
+        raise OptionError(f"{where[0].upper()}{where[1:]} must be a mapping of names to values; got {given!r}.")
     for key in given:
-        if key not in known:
+        if known is not None and key not in known:
             raise OptionError(unknown_name(f"field of {where}", str(key), known, listed="Its fields are"))
 
 

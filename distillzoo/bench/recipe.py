@@ -232,10 +232,7 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         OptionError: If it is not valid.
     """
-    values = read_yaml(path)
-    if not isinstance(values, Mapping):
-        raise OptionError(f"The recipe {str(path)!r} must be a mapping of fields; got {type(values).__name__}.")
-    recipe = make_recipe(values, f"The recipe {path.stem!r}")
+    recipe = make_recipe(read_yaml(path), f"The recipe {path.stem!r}")
     return replace(recipe, original=replace(recipe, original={}).as_dict())
 
 
@@ -250,7 +247,7 @@ def apply_override(recipe: Recipe, path: str, value: Any) -> Recipe:
     first, *rest = path.split(".")
     if first not in _RECIPE_FIELDS or first in ("name", "dataset", "changed", "comparable", "original"):
         raise OptionError(unknown_name("recipe field", first, _RECIPE_FIELDS, listed="Its fields are"))
-    values = copy.deepcopy(recipe.as_dict())
+    values = recipe.as_dict()
     if first in ("student", "teacher"):
         if len(rest) != 1 or rest[0] not in _CONFIG_FIELDS:
             raise OptionError(unknown_name(f"field of {first}", ".".join(rest), _CONFIG_FIELDS, listed="Its fields are"))
@@ -262,6 +259,6 @@ def apply_override(recipe: Recipe, path: str, value: Any) -> Recipe:
     for key in (first, *rest)[:-1]:
         place = place.setdefault(key, {})
     place[rest[-1] if rest else first] = value
-    if path not in _NEUTRAL and first not in ("dataset", "table", "methods", "pairs", "seeds", "note"):  # it decides how one trains
+    if path not in _NEUTRAL and first not in ("table", "methods", "pairs", "seeds", "note"):  # it decides how one trains
         values["changed"] = [*dict.fromkeys([*values["changed"], path])]
     return make_recipe(values)

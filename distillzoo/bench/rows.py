@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from distillzoo.bench.checks import check_list
+from distillzoo.bench.checks import check_keys, check_list
 from distillzoo.bench.recipe import Pair, Recipe
 from distillzoo.bench.yamls import read_yaml
 from distillzoo.build import describe_distiller, list_distillers, resolve_distiller
@@ -173,7 +173,7 @@ def load_table(name: str) -> TableSpec:
         raise UnknownNameError(unknown_name("table", name, list_tables(), listed="There are"))
     found = read_yaml(path)
     where = f"the table {path.stem!r}"
-    _check_fields(found, _TABLE_FIELDS, where)
+    check_keys(found, _TABLE_FIELDS, where)
     entries = found.get("rows") or {}
     if not isinstance(entries, Mapping):
         raise OptionError(f"The rows of {where} must be a mapping of names to fields, as 'kd: {{}}'; got {entries!r}.")
@@ -191,25 +191,26 @@ def load_table(name: str) -> TableSpec:
 
 def _make_row(key: str, value: Any, where: str) -> Row:
     value = value or {}
-    _check_fields(value, _ROW_FIELDS, f"row {key!r} of {where}")
-    places = {"options": value.get("options"), "pairs": value.get("pairs")}
-    places |= {f"pairs, {pair}": special for pair, special in (places["pairs"] or {}).items()} if _fits(places["pairs"]) else {}
-    for place, given in places.items():
-        if not _fits(given):
-            raise OptionError(f"{place} of row {key!r} of {where} must be a mapping of names to values; got {given!r}.")
-    pairs = {str(Pair.parse(str(pair))): special or {} for pair, special in (value.get("pairs") or {}).items()}
-    for pair, special in pairs.items():
-        _check_fields(special, ("options", "weights"), f"pairs, {pair} of row {key!r} of {where}")
-        if not _fits(special.get("options")):
-            raise OptionError(f"options of {pair} of row {key!r} of {where} must be a mapping; got {special['options']!r}.")
+    where = f"row {key!r} of {where}"
+    check_keys(value, _ROW_FIELDS, where)
+    options, given = ({} if value.get(name) is None else value[name] for name in ("options", "pairs"))
+    check_keys(options, None, f"options of {where}")
+    check_keys(given, None, f"pairs of {where}")
+    pairs = {}
+    for pair, found in given.items():
+        special = {} if found is None else found
+        check_keys(special, ("options", "weights"), f"pairs, {pair} of {where}")
+        if special.get("options") is not None:
+            check_keys(special["options"], None, f"options of {pair} of {where}")
+        pairs[str(Pair.parse(str(pair)))] = special
     extra = value.get("extra", False)
     if not isinstance(extra, bool):
-        raise OptionError(f"extra of row {key!r} of {where} must be true or false; got {extra!r}; correct it.")
+        raise OptionError(f"extra of {where} must be true or false; got {extra!r}; correct it.")
     return Row(
         name=str(key),
         title=str(value.get("title", key)),
         method=str(value.get("method", key)),
-        options=value.get("options") or {},
+        options=options,
         weights=value.get("weights"),
         pairs=pairs,
         source=str(value.get("source", "")),
@@ -217,24 +218,12 @@ def _make_row(key: str, value: Any, where: str) -> Row:
     )
 
 
-def _fits(value: Any) -> bool:
-    return value is None or isinstance(value, Mapping)
-
-
-def _check_fields(found: Any, known: Sequence[str], where: str) -> None:
-    if not isinstance(found, Mapping):
-        raise OptionError(f"{where[0].upper()}{where[1:]} must be a mapping of fields; got {found!r}.")
-    for key in found:
-        if key not in known:
-            raise OptionError(unknown_name(f"field of {where}", str(key), known, listed="Its fields are"))
-
-
 def select_rows(table: TableSpec, recipe: Recipe) -> tuple[Row, ...]:
     """Return the rows that a recipe asks for, its options and weights applied.
 
     Raises:
         UnknownNameError: If a name is neither a row, nor registered, nor a composition of registered names.
-        OptionError: If an option does not exist or a list is empty or has a name twice.
+        OptionError: If an option does not exist.
     """
     known = {row.name: row for row in table.rows}
     names = recipe.methods
@@ -243,7 +232,6 @@ def select_rows(table: TableSpec, recipe: Recipe) -> tuple[Row, ...]:
     elif names == ("all",):
         chosen = [known.get(name) or _plain_row(name) for name in _all_names(table)]
     else:
-        check_list("methods", names)
         if "all" in names:
             raise OptionError(f"'all' in methods stands alone; got {', '.join(names)}; write all, or the names.")
         chosen = [known.get(name) or _registered(name, known) for name in names]

@@ -125,7 +125,7 @@ def test_cuda_asked_for_and_absent(call: Call, recipe_file: str, tmp_path: Path)
 RECIPES = {
     "name: a\nname: b\n": "'name' stands twice",
     "name: !!python/object/apply:os.getcwd []\n": "never tags that construct objects",
-    "- 1\n": "mapping of fields",
+    "- 1\n": "The recipe 'wrong' must be a mapping of names to values",
     "name: [\n": "not valid YAML",
     "name: a\n": "lacks the field 'dataset'",
     "a: &a [*a]\n": "contains itself",
@@ -150,8 +150,8 @@ def test_wrong_recipe_files(text: str, call: Call, tmp_path: Path) -> None:
 
 TABLES = {
     "rows: [kd, at]\n": "must be a mapping of names to fields",
-    "rows: {kd: {options: [1]}}\n": "options of row 'kd'",
-    "rows: {kd: {pairs: {a: 1}}}\n": "pairs, a of row 'kd'",
+    "rows: {kd: {options: [1]}}\n": "Options of row 'kd'",
+    "rows: {kd: {pairs: {a: 1}}}\n": "Pairs, a of row 'kd'",
     "rows: {kd: {}}\nbaseline: nothing\n": "Unknown baseline",
 }
 

@@ -109,7 +109,7 @@ def test_points_that_make_one_run_are_named(tiny_data: Load) -> None:
         ({"resnet56:resnet20": {"weight": {"kd": 1.0}}}, "Did you mean 'weights'"),
         ({"resnet56": {"weights": {"kd": 1.0}}}, "written teacher:student"),
         ({"resnet56:resnet20": 3}, "must be a mapping"),
-        ({"resnet56:resnet20": {"options": 3}}, "must be a mapping; got 3"),
+        ({"resnet56:resnet20": {"options": 3}}, "must be a mapping of names to values; got 3"),
     ],
 )
 def test_settings_of_pairs_are_checked(pairs: object, words: str, tmp_path: Path) -> None:
