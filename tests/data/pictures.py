@@ -1,13 +1,19 @@
-"""Folders of made-up images for tests."""
+"""Folders of made-up images for tests, and what they are read with."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
+from distillzoo.data import load_dataset
+from distillzoo.errors import DataError
+
 CLASSES = ("ant", "bee", "cow")
+SMALL = {"crop": 16, "workers": 0}
 
 
 def picture(seed: int, height: int = 40, width: int = 52) -> Image.Image:
@@ -33,3 +39,19 @@ def make_tree(root: Path, per_class: int = 4, evaluation: str = "val") -> Path:
     fill(root / "train", per_class)
     fill(root / evaluation, 2, first=5000)
     return root
+
+
+def images_of(batches, view: str = "images"):
+    """The images of an epoch in data-set order."""
+    batches = list(batches)
+    index = torch.cat([batch.index for batch in batches])
+    return torch.cat([getattr(batch, view) for batch in batches])[index.argsort()]
+
+
+def refused(root: Path, *words: str, **options) -> None:
+    """Expect one sentence with these words of a folder that cannot be loaded."""
+    with pytest.raises(DataError) as caught:
+        load_dataset("folder", root=root, **SMALL | options)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)

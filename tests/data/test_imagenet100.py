@@ -14,10 +14,9 @@ from distillzoo import __main__ as commands
 from distillzoo.data import CLASS_LISTS, class_lists, find_class_list, imagenet_rows, imagenet_wnids, load_dataset
 from distillzoo.data.class_lists import ClassList, name_class
 from distillzoo.errors import DataError, OptionError, UnknownNameError
-from tests.data.pictures import fill
+from tests.data.pictures import SMALL, fill
 
 WNIDS = ("n01443537", "n02107142", "n01440764")  # not sorted: so that the order of the list shows
-SMALL = {"crop": 16, "workers": 0}
 
 
 @pytest.fixture
@@ -49,6 +48,8 @@ def test_the_lists_that_are_shipped():
     assert lists["seed1993"].wnids == tuple(index[row] for row in order[:100])
     assert len({found.digest for found in lists.values()}) == 3
     assert lists["cmc"].describe()["wnids"] == list(lists["cmc"].wnids)
+    lines = class_lists._CMC.read_text().split("\n")
+    assert (len(lines), lines[-1]) == (101, "")
 
 
 def test_the_digest_is_of_the_order_too():
@@ -60,11 +61,6 @@ def test_rows_of_a_network_of_1000_classes():
     assert [imagenet_wnids()[row] for row in rows] == list(WNIDS)
     with pytest.raises(OptionError, match=r"1 of the 2 classes are none of ImageNet-1k \(the first is 'ant'\).*--teacher-head own"):
         imagenet_rows(["n01440764", "ant"])
-
-
-def test_names():
-    assert name_class("n01443537").startswith("n01443537 (goldfish")
-    assert name_class("n99999999") == "n99999999"
 
 
 WRONG = {
@@ -265,8 +261,3 @@ def test_packing_classes_that_are_missing(
     monkeypatch.undo()
     with pytest.raises(DataError, match=r"lacks 1 of the 3 classes .* \(out has 2\)"):
         load_dataset("imagenet100", root=tmp_path / "out", class_list=classes, packed=True, crop=16)
-
-
-def test_the_shipped_file_is_a_list_of_100():
-    lines = class_lists._CMC.read_text().split("\n")
-    assert (len(lines), lines[-1]) == (101, "")

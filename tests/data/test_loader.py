@@ -12,6 +12,7 @@ from distillzoo.data import loader as loader_module
 from distillzoo.errors import DataError, OptionError, ShapeError
 from distillzoo.streams import Stream
 from distillzoo.types import Batch, DataSpec
+from tests.data.pictures import images_of
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
@@ -27,13 +28,6 @@ def make_loader(number: int = 50, batch_size: int = 16, seed: int = 3, **options
     spec = DataSpec(7, (12, 10), MEAN, STD, num_samples=number, targets=split.targets)
     options.setdefault("augment", Augment(pad=2, flip=True))
     return ResidentLoader(split, spec, batch_size=batch_size, seed=seed, **options)
-
-
-def by_index(batches, view: str = "images") -> Tensor:
-    """The images of an epoch in data-set order."""
-    batches = list(batches)
-    index = torch.cat([batch.index for batch in batches])
-    return torch.cat([getattr(batch, view) for batch in batches])[index.argsort()]
 
 
 def torchvision_view(image: Tensor, top: int, left: int, flip: int, pad: int) -> Tensor:
@@ -72,7 +66,7 @@ def test_views_of_an_epoch_equal_torchvision_at_the_drawn_places():
         for what, high in (("top", 5), ("left", 5), ("flip", 2))
     ]
     expected = torch.stack([torchvision_view(split.images[i], draws[0][i], draws[1][i], draws[2][i], 2) for i in range(50)])
-    assert torch.equal(by_index(loader.epoch(5)), expected)
+    assert torch.equal(images_of(loader.epoch(5)), expected)
 
 
 def test_without_augmentation_images_are_normalised_and_in_order():
@@ -105,11 +99,11 @@ def test_a_batch_larger_than_the_data_holds_all_of_it():
 
 
 def test_views_do_not_depend_on_batch_size_order_or_restart():
-    reference = by_index(make_loader().epoch(2, second_view=True), "second_view")
+    reference = images_of(make_loader().epoch(2, second_view=True), "second_view")
     loader = make_loader(batch_size=1)
     list(loader.epoch(0))
     for other in (loader, make_loader(batch_size=50), make_loader(shuffle=False), loader):
-        assert torch.equal(by_index(other.epoch(2, second_view=True), "second_view"), reference)
+        assert torch.equal(images_of(other.epoch(2, second_view=True), "second_view"), reference)
 
 
 def test_order_does_not_depend_on_batch_size_views_or_the_global_generator():
@@ -126,14 +120,14 @@ def test_order_does_not_depend_on_batch_size_views_or_the_global_generator():
 
 
 def test_the_first_view_is_the_same_with_and_without_a_second():
-    assert torch.equal(by_index(make_loader().epoch(1)), by_index(make_loader().epoch(1, second_view=True)))
+    assert torch.equal(images_of(make_loader().epoch(1)), images_of(make_loader().epoch(1, second_view=True)))
 
 
 def test_interleaved_epochs_do_not_disturb_each_other():
     loader = make_loader()
     pairs = list(zip(loader.epoch(0), loader.epoch(1), strict=True))
-    assert torch.equal(by_index(first for first, _ in pairs), by_index(loader.epoch(0)))
-    assert torch.equal(by_index(second for _, second in pairs), by_index(loader.epoch(1)))
+    assert torch.equal(images_of(first for first, _ in pairs), images_of(loader.epoch(0)))
+    assert torch.equal(images_of(second for _, second in pairs), images_of(loader.epoch(1)))
 
 
 @pytest.mark.parametrize(
@@ -143,13 +137,13 @@ def test_order_and_views_change_with(other_seed, other_epoch, other_phase):
     here = list(make_loader().epoch(0))
     there = list(make_loader(seed=other_seed).epoch(other_epoch, phase=other_phase))
     assert not torch.equal(torch.cat([b.index for b in here]), torch.cat([b.index for b in there]))
-    same = (by_index(here) == by_index(there)).flatten(1).all(1).float().mean()
+    same = (images_of(here) == images_of(there)).flatten(1).all(1).float().mean()
     assert same < 0.2  # one in fifty by chance
 
 
 def test_the_second_view_is_another_one():
     batches = list(make_loader().epoch(0, second_view=True))
-    same = (by_index(batches) == by_index(batches, "second_view")).flatten(1).all(1).float().mean()
+    same = (images_of(batches) == images_of(batches, "second_view")).flatten(1).all(1).float().mean()
     assert same < 0.2
 
 
@@ -169,7 +163,7 @@ def test_offsets_are_uniform_flips_are_half_and_views_independent():
     spec = DataSpec(2, (9, 9), (0.0,), (1.0,))
     loader = ResidentLoader(Split(images, torch.zeros(number).long()), spec, batch_size=512, augment=Augment(pad, flip=True))
     batches = list(loader.epoch(0, second_view=True))
-    first, second = (places(by_index(batches, view)) for view in ("images", "second_view"))
+    first, second = (places(images_of(batches, view)) for view in ("images", "second_view"))
     for place in (first, second):
         counts = torch.bincount(place, minlength=50).double()
         assert ((counts - number / 50) ** 2 / (number / 50)).sum() < 100  # 49 degrees of freedom: mean 49, sd 10
@@ -221,11 +215,11 @@ def test_a_gpu_makes_the_same_batches():
 
 def test_a_consumer_that_writes_into_a_batch_harms_no_later_epoch():
     loader = make_loader(augment=None, shuffle=False)
-    before = by_index(loader.epoch(0))
+    before = images_of(loader.epoch(0))
     for batch in loader.epoch(0):
         batch.images.zero_()
         batch.targets.zero_()
-    assert torch.equal(by_index(loader.epoch(0)), before)
+    assert torch.equal(images_of(loader.epoch(0)), before)
     assert torch.equal(torch.cat([batch.targets for batch in loader.epoch(0)]), make_split(50).targets)
 
 

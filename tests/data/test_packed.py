@@ -19,7 +19,7 @@ from distillzoo.data.file_loader import resize_short_side
 from distillzoo.data.images import read_image
 from distillzoo.data.packing import INDEX, pack_folder, read_index
 from distillzoo.errors import DataError, OptionError
-from tests.data.pictures import fill, make_tree, picture
+from tests.data.pictures import fill, images_of, make_tree, picture
 
 CROP = {"crop": 16}
 
@@ -38,12 +38,6 @@ def both(places, **options):
     source, target = places
     files = load_dataset("folder", root=source, resize=20, workers=0, **CROP, **options)
     return files, load_dataset("packed", root=target, **CROP, **options)
-
-
-def images_of(batches, view: str = "images"):
-    batches = list(batches)
-    index = torch.cat([batch.index for batch in batches])
-    return torch.cat([getattr(batch, view) for batch in batches])[index.argsort()]
 
 
 @pytest.mark.parametrize("split", ["test", "heldout"])
