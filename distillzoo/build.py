@@ -86,11 +86,10 @@ def describe_distiller(
     methods = resolve_distiller(name)
     given = _split_options(methods, options)
     described = {member: {**option_defaults(method), **given[member]} for member, method in methods.items()}
-    preset = weights if isinstance(weights, str) else None
     if len(methods) == 1:
         ((member, method),) = methods.items()
         presets = method.presets_with(described[member])
-        values = preset_weights(presets, preset, method.__name__)
+        values = preset_weights(presets, weights, method.__name__)
         known = {term: weight for each in presets.values() for term, weight in each.items()} | values
         chosen: dict[str, Any] = described[member]
     else:

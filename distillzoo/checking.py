@@ -66,7 +66,7 @@ def check_device(teacher: Teacher, images: Tensor) -> None:
         )
 
 
-def checked_trace(trace: Trace | None, teacher: Teacher, requires: Requires, name: str) -> Trace:
+def checked_trace(trace: Trace, teacher: Teacher, requires: Requires, name: str) -> Trace:
     """Return of a teacher's trace what a distiller asked for, and refuse one that lacks some of it.
 
     In a group the trace holds what others asked for as well, which a method must not come to depend on, nor pay for.
@@ -77,11 +77,9 @@ def checked_trace(trace: Trace | None, teacher: Teacher, requires: Requires, nam
         requires: What the distiller needs.
         name: The distiller's name.
     Raises:
-        OptionError: If there is no trace, or none of the second view.
+        OptionError: If there is none of the second view.
         TapError: If it lacks a tap.
     """
-    if trace is None:
-        raise OptionError(f"{name} got no teacher trace and has no teacher to make one.")
     if requires.second_view and trace.second is None:
         raise OptionError(f"{name} needs the teacher's trace of the second view too: Trace.second is None.")
     taps = teacher.names(*requires.teacher_taps)

@@ -72,9 +72,8 @@ class Composition(Distiller):
         self.members = nn.ModuleDict(dict(members))
         self._singular = singular[0] if singular else None
         self.requires = Requires.joined([member.requires for member in members.values()])
-        self.set_weights(composed_weights({name: (member.weights, member.composed_weights) for name, member in members.items()}))
-        if weights is not None:
-            self.override_weights(weights)
+        own = {name: (member.weights, member.composed_weights) for name, member in members.items()}
+        self.set_weights(composed_weights(own), weights)
 
     def parts(self) -> Sequence[Distiller]:
         """Return the members in order."""

@@ -89,9 +89,7 @@ class Distiller(nn.Module, ABC):
         if student.claim():
             self.student = student.module
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.set_weights(preset_weights(self.weight_presets, weights if isinstance(weights, str) else None, type(self).__name__))
-        if weights is not None and not isinstance(weights, str):
-            self.override_weights(weights)
+        self.set_weights(preset_weights(self.weight_presets, weights, type(self).__name__), weights)
 
     # ------------------------------------------------------------------ to write, or to leave as they are
 
@@ -176,10 +174,10 @@ class Distiller(nn.Module, ABC):
         student = self.student_net(images)
         if second_view is not None:
             student = Trace(student.logits, student.features, self.student_net(second_view))
-        if teacher is None and self.teacher_net is not None and self.requires.teacher:
-            check_device(self.teacher_net, images)
-            teacher = self.teacher_net.trace(batch)
-        if self.requires.teacher and self.teacher_net is not None:
+        if needs.teacher and self.teacher_net is not None:
+            if teacher is None:
+                check_device(self.teacher_net, images)
+                teacher = self.teacher_net.trace(batch)
             teacher = checked_trace(teacher, self.teacher_net, self.requires, type(self).__name__)
         with torch.autocast(images.device.type, enabled=False):
             student, teacher = full_precision_trace(student), None if teacher is None else full_precision_trace(teacher)
@@ -263,9 +261,16 @@ class Distiller(nn.Module, ABC):
             )
         return pairs
 
-    def set_weights(self, weights: Mapping[str, Weight]) -> None:
-        """Give every term its weight, ``ce`` among them; for methods whose terms follow from their options."""
+    def set_weights(self, weights: Mapping[str, Weight], given: Mapping[str, Weight] | str | None = None) -> None:
+        """Give every term its weight, ``ce`` among them; for methods whose terms follow from their options.
+
+        Args:
+            weights: Weights of all terms.
+            given: What the user passed as ``weights``: if by term, they override.
+        """
         self._weighting = TermWeights(weights, type(self).__name__).to(self.step.device)
+        if given is not None and not isinstance(given, str):
+            self.override_weights(given)
 
     def override_weights(self, weights: Mapping[str, Weight]) -> None:
         """Replace some of the weights.

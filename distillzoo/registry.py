@@ -69,10 +69,6 @@ class Registry(Mapping[str, T], Generic[T]):
         except KeyError:
             raise UnknownNameError(unknown_name(self.kind, name, self._items)) from None
 
-    def __contains__(self, name: object) -> bool:
-        self._load()
-        return name in self._items
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 

@@ -14,19 +14,22 @@ from distillzoo.types import Progress
 __all__ = ["TermWeights", "preset_weights"]
 
 
-def preset_weights(presets: Mapping[str, Mapping[str, Weight]], preset: str | None, owner: str) -> dict[str, Weight]:
+def preset_weights(
+    presets: Mapping[str, Mapping[str, Weight]], weights: Mapping[str, Weight] | str | None, owner: str
+) -> dict[str, Weight]:
     """Return the weights of a preset, ``ce`` first; of the first one where none is named.
 
     Args:
         presets: Weights by term, by name of the preset.
-        preset: Which one.
+        weights: Which one, as users give it: weights by term, and ``None``, name none.
         owner: Whose presets they are, for the error.
     Raises:
         OptionError: If there is no such preset.
     """
-    if preset is not None and preset not in presets:
+    preset = weights if isinstance(weights, str) else next(iter(presets))
+    if preset not in presets:
         raise OptionError(unknown_name(f"weight preset of {owner}", preset, presets, listed="Allowed"))
-    chosen = presets[preset or next(iter(presets))]
+    chosen = presets[preset]
     return {"ce": chosen.get("ce", 1.0), **{name: weight for name, weight in chosen.items() if name != "ce"}}
 
 
@@ -51,7 +54,7 @@ class TermWeights:
         self.silent: frozenset[str] = frozenset()
         self._current: list[float] = []
         self._values = torch.zeros(len(weights), dtype=torch.float64)
-        self.finish()
+        self._fill([schedule.final() for schedule in self.schedules.values()])  # as at the end of training
 
     def overridden(self, weights: Mapping[str, Weight]) -> TermWeights:
         """Return these weights with some replaced.
@@ -70,10 +73,6 @@ class TermWeights:
         """Move the values; returns itself."""
         self._values = self._values.to(device)
         return self
-
-    def finish(self) -> None:
-        """Take the values that hold at the end of training."""
-        self._fill([schedule.final() for schedule in self.schedules.values()])
 
     def advance(self, progress: Progress, terms: Collection[str] | None) -> None:
         """Take the values at ``progress``, 0 for terms that are not among ``terms`` (``None``: all are)."""

@@ -165,9 +165,8 @@ class DiffKD(Distiller):
             present.add("logits")
             self.places["logits"] = _Place(student.num_classes, student.num_classes, 1, noise_matching=noise_matching)
         self._streams = {place: [self.stream(f"{place}.{draw}") for draw in ("matching", "noise", "time")] for place in self.places}
-        chosen = preset_weights(self.weight_presets, weights if isinstance(weights, str) else None, type(self).__name__)
-        self.set_weights({name: weight for name, weight in chosen.items() if name in present})
-        self.override_weights({} if weights is None or isinstance(weights, str) else weights)
+        chosen = preset_weights(self.weight_presets, weights, type(self).__name__)
+        self.set_weights({name: weight for name, weight in chosen.items() if name in present}, weights)
 
     def _make_target(self, target: Target, channels: int, latent_channels: int | None) -> int:
         """Make what turns the teacher's map into the target; return the target's channels."""

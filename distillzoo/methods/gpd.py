@@ -18,14 +18,14 @@ from distillzoo.adapters.expansion import Mode
 from distillzoo.adapters.orepa import BranchStart, start_for
 from distillzoo.adapters.plain import check_plain
 from distillzoo.adapters.trials import exact_copies, scrambled
-from distillzoo.dataflow.experiments import first_tensor
+from distillzoo.casting import full_precision_trace
 from distillzoo.distiller import Distiller
 from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError, failure_of
 from distillzoo.kinds import check_choice, is_number, is_whole
 from distillzoo.options import check_options, option_defaults
 from distillzoo.registry import DISTILLERS, register_distiller
 from distillzoo.schedules import Weight
-from distillzoo.stages import Probe
+from distillzoo.stages import Probe, tensor_of
 from distillzoo.streams import Stream, forked_generator
 from distillzoo.taps import Tapped, TappedWithin, Teacher
 from distillzoo.types import Batch, DataSpec, Phase, Requires, Trace
@@ -152,6 +152,8 @@ class GPD(Distiller):
         if not is_number(noise) or noise < 0.0:
             raise OptionError(f"noise must be a finite deviation of at least 0; got {noise!r}. The authors' is 1e-6, 0 is none.")
         _check_smoothing(smoothing)
+        if branch_start is not None and not self.branched:
+            raise OptionError(f"{type(self).__name__} has no branches to start; got branch_start={branch_start!r}: leave it out.")
         start = start_for(student.module) if branch_start is None else check_choice("branch_start", branch_start, BranchStart)
         self.smoothing, self.distils = smoothing, strategy != "hard"
         method = _static_method(static, static_options, teacher)
@@ -210,7 +212,7 @@ class GPD(Distiller):
         if static is not None:
             method: type[Distiller] = DISTILLERS[static]
             presets = method.presets_with({**option_defaults(method), **(options.get("static_options") or {})})
-            terms |= preset_weights(presets, given if isinstance(given, str) else None, static)
+            terms |= preset_weights(presets, given, static)
             terms |= method.composed_weights if given is None else given if isinstance(given, Mapping) else {}
         names = ("static", "static_dynamic") if options.get("teach_dynamic", True) else ("static",)
         added = {f"{name}_{term}": weight for name in names for term, weight in terms.items() if term != "ce"}
@@ -235,14 +237,12 @@ class GPD(Distiller):
         return replace(Requires.joined(tuple(needs.values())), student_taps=taps)
 
     def _set_all_weights(self, weights: Mapping[str, Weight] | str | None) -> None:
-        own = preset_weights(self.weight_presets, weights if isinstance(weights, str) else None, type(self).__name__)
+        own = preset_weights(self.weight_presets, weights, type(self).__name__)
         chosen = {term: weight for term, weight in own.items() if self.distils or term != "dynamic"}
         for name, part in self._static():
             given = {**part.weights, **(part.composed_weights if self._composed else {})}
             chosen |= {f"{name}_{term}": weight for term, weight in given.items() if term != "ce"}
-        self.set_weights(chosen)
-        if weights is not None and not isinstance(weights, str):
-            self.override_weights(weights)
+        self.set_weights(chosen, weights)
 
     def parts(self) -> Sequence[Distiller]:
         """Return the static losses of the student and of the dynamic teacher, where there are any."""
@@ -262,8 +262,7 @@ class GPD(Distiller):
         return terms
 
     def _run_dynamic(self, images: Tensor) -> Trace:
-        trace = self.dynamic_net(images)
-        return Trace(full_precision(trace.logits), {name: full_precision(value) for name, value in trace.features.items()})
+        return full_precision_trace(self.dynamic_net(images))
 
     def export_student(self) -> nn.Module:
         """Return a copy of the narrow network as a plain student: class, keys and shapes of the one that was given."""
@@ -289,6 +288,7 @@ class GPDReduced(GPD):
         strategy: ``"both"``, ``"hard"`` or ``"soft"``, as in :class:`GPD`.
         smoothing: Label smoothing of ``dynamic``, from 0 to 1.
         noise: Deviation of the noise that tells copies apart; 0 is none.
+        branch_start: It has no branches: leave this out.
         weights: Weights by term.
         seed: Seed of the distiller.
     Raises:
@@ -303,29 +303,6 @@ class GPDReduced(GPD):
 
     branched: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        student: Tapped,
-        teacher: Teacher | None,
-        data: DataSpec,
-        *,
-        static: str | None = "dkd",
-        static_options: Mapping[str, Any] | None = None,
-        static_weights: Mapping[str, Weight] | str | None = None,
-        teach_dynamic: bool = True,
-        ratio: int = 2,
-        strategy: Strategy = "both",
-        smoothing: float = 0.1,
-        noise: float = 1e-6,
-        weights: Mapping[str, Weight] | str | None = None,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(
-            student, teacher, data, static=static, static_options=static_options, static_weights=static_weights,
-            teach_dynamic=teach_dynamic, ratio=ratio, strategy=strategy, smoothing=smoothing, noise=noise, weights=weights,
-            seed=seed,
-        )  # fmt: skip
-
 
 def _gap(network: nn.Module, images: Tensor, mode: Mode) -> float:
     """How far the logits of the two widths are apart, relative to the largest."""
@@ -339,7 +316,7 @@ def _check_backward(probe: Probe, mode: Mode, ratio: int) -> None:
     """Refuse a network that runs its layers again in the backward pass: that comes when they are narrow again."""
     with probe.training(), torch.enable_grad():
         with mode:
-            logits = first_tensor(probe.module(probe.images))
+            logits = tensor_of(probe.module(probe.images), len(probe.images))
         if logits is None or not logits.requires_grad:
             return
         try:

@@ -162,10 +162,8 @@ class KDiffusion(Distiller):
         self.branches, self.shuffle, amplitudes = branches, shuffle, diffusion_amplitudes(schedule, branches)
         chain = reverse_chain(amplitudes, start=check_choice("start", start, Start), teacher_forced=objective == "teacher_forced")
         self.register_buffer("chain", chain, persistent=False)  # in the student's floating type once it is built
-        chosen = preset_weights(self.weight_presets, weights if isinstance(weights, str) else None, type(self).__name__)
-        self.set_weights({name: weight for name, weight in chosen.items() if guide or name != "guide"})
-        if weights is not None and not isinstance(weights, str):
-            self.override_weights(weights)
+        chosen = preset_weights(self.weight_presets, weights, type(self).__name__)
+        self.set_weights({name: weight for name, weight in chosen.items() if guide or name != "guide"}, weights)
         pairs = self._choose(layers)
         self.layers = self._restructure(pairs, frozen := dataflow.Flow(self._teacher().module, self._teacher().data))
         taps = (tap for layer in self.layers for tap in (*layer.branches, layer.mean, layer.total, layer.added) if tap)

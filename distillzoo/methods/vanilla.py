@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from distillzoo.distiller import Distiller
 from distillzoo.registry import register_distiller
-from distillzoo.schedules import Weight
 from distillzoo.types import Batch, Requires, Trace
 
 __all__ = ["Vanilla"]
@@ -26,7 +23,6 @@ class Vanilla(Distiller):
     """
 
     requires = Requires(teacher=False)
-    weight_presets: ClassVar[dict[str, dict[str, Weight]]] = {"default": {"ce": 1.0}}
 
     def distill_terms(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
         """Return no terms."""
