@@ -12,6 +12,7 @@ from distillzoo.adapters.dual_layers import dual_layer
 from distillzoo.adapters.dual_network import duals, plain_network, replaced
 from distillzoo.adapters.expansion import Mode, pick, tile
 from distillzoo.adapters.orepa import LinearBranches, takes_branches
+from distillzoo.adapters.trials import scrambled
 from distillzoo.errors import UnsupportedPairError
 
 OPS = {
@@ -37,14 +38,6 @@ NORMS = {
 
 def channel_dim(layer, x):
     return x.ndim - 1 if isinstance(layer, nn.Linear | nn.LayerNorm) else 1
-
-
-def scrambled(layer):
-    layer = copy.deepcopy(layer)
-    for name, tensor in layer.state_dict().items():
-        if tensor.ndim == 1:
-            tensor.uniform_(0.5, 1.5) if "var" in name or name == "weight" else tensor.uniform_(-0.5, 0.5)
-    return layer
 
 
 def test_tile_lays_copies_side_by_side_and_pick_takes_the_first():

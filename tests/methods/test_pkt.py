@@ -127,11 +127,6 @@ def test_the_distiller_compares_pooled_vectors():
         torch.testing.assert_close(distiller(images, targets).terms["probability"], pkt_loss(own, other, mean=mean))
 
 
-def test_two_steps_train_down_to_one_sample():
-    oracles.check_two_steps(oracles.tiny_pair("pkt"))
-    oracles.check_two_steps(oracles.tiny_pair("pkt"), 1)
-
-
 @pytest.mark.parametrize(("size", "documented"), [(16, 0.17), (64, 0.047), (256, 0.012)])
 def test_the_weighted_figures_of_the_documentation(size, documented):
     generator = torch.Generator().manual_seed(0)

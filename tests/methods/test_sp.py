@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distillzoo.errors import OptionError, ShapeError, UnsupportedPairError
+from distillzoo.errors import ShapeError, UnsupportedPairError
 from distillzoo.functional import sp_loss
 from tests.methods import oracles
 from tests.methods.oracles import TinyNet
@@ -102,14 +102,7 @@ def test_the_last_maps_are_compared():
     torch.testing.assert_close(distiller(images, targets).terms["similarity"], expected)
 
 
-def test_two_steps_train_down_to_one_sample():
-    oracles.check_two_steps(oracles.tiny_pair("sp"))
-    oracles.check_two_steps(oracles.tiny_pair("sp"), 1)
-
-
 def test_bad_input_is_refused():
-    with pytest.raises(OptionError, match="similarity"):
-        oracles.tiny_pair("sp", weights={"sp": 1.0})
     ensemble = [TinyNet(4), TinyNet(4)]
     with pytest.raises(UnsupportedPairError, match="ensemble"):
         oracles.tiny_pair("sp", teacher=ensemble)
