@@ -18,20 +18,13 @@ from distillzoo.streams import Stream, forked_generator
 from distillzoo.taps.recording import ActivationHook, ActivationWatch, InputHook, OutputHook, Recorder
 from distillzoo.types import DataSpec
 
-__all__ = ["LastFunction", "first_tensor", "is_linear_op", "last_function", "reaches_by_addition", "same", "same_function", "watch"]
+__all__ = ["LastFunction", "is_linear_op", "last_function", "reaches_by_addition", "same", "same_function", "watch"]
 
 _TOLERANCE = 1e-3  # relative, of single-precision sums over a layer's inputs
 _DOUBLE_TOLERANCE = 1e-6  # relative, of what a whole network makes of another order of sums in double precision
 _DRAWS = Stream.named(0, "dataflow", "training")
 _TRIALS = 4  # runs in training mode where something is drawn: one on which nothing is dropped tells little
 _ULPS = 8  # a few additions err by fewer; 1 / sqrt(1 + 1e-5), a fresh norm's slope, by more than forty
-
-
-def first_tensor(value: Any) -> Tensor | None:
-    """Return a tensor, or the first one of a tuple or list; None where there is none."""
-    if isinstance(value, tuple | list):
-        value = next((item for item in value if isinstance(item, Tensor)), None)
-    return value if isinstance(value, Tensor) else None
 
 
 def _draw(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
