@@ -138,7 +138,8 @@ def test_recipes_and_tables_of_the_guide_are_such(tmp_path):
     table_file.write_text(table_block, encoding="utf-8")
     recipe = load_recipe(recipe_file)
     select_rows(load_table(recipe.table or recipe.dataset), recipe)
-    assert [row.describe(Pair.parse(recipe.pairs[0]))["options"]["temperature"] for row in load_table(str(table_file)).rows] == [4.0, 8.0]
+    rows = [row.describe(Pair.parse(recipe.pairs[0])) for row in load_table(str(table_file)).rows]
+    assert [row["options"]["temperature"] for row in rows] == [4.0, 8.0]
 
 
 def test_every_table_of_the_readme_is_in_the_documentation():
