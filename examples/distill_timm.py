@@ -40,6 +40,7 @@ from distillzoo.taps import OwnView
 from distillzoo.types import Stage
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+PAIRS = ("option", "weight", "teacher_option", "student_option")
 
 
 class FailedError(Exception):
@@ -166,7 +167,7 @@ def load_images(args: argparse.Namespace) -> DataSet:
 
 def make_network(args: argparse.Namespace, role: str, number: int, checkpoint: str | None) -> nn.Module:
     """Create the teacher or the student; initial weights depend on the seed and the role alone."""
-    options = pairs(getattr(args, f"{role}_option"), f"--{role}-option")
+    options = args.given[f"{role}_option"]
     pretrained = args.pretrained and checkpoint is None
     with forked_generator(Stream.named(args.seed, role)):
         return create_model(getattr(args, role), num_classes=number, pretrained=pretrained, checkpoint_path=checkpoint, **options)
@@ -214,7 +215,7 @@ def teacher_view(args: argparse.Namespace, data: DataSet) -> DataSpec:
     """Return what the teacher sees of a crop: the size that it wants, and if it was trained elsewhere its normalisation."""
     checkpoint = None if args.teacher_checkpoint is None else Path(args.teacher_checkpoint)
     wanted = declared(args.teacher, checkpoint)
-    if "img_size" in pairs(args.teacher_option, "--teacher-option"):
+    if "img_size" in args.given["teacher_option"]:
         wanted.pop("input_size", None)
     if args.teacher_crop is not None:
         wanted["input_size"] = (args.teacher_crop, args.teacher_crop)
@@ -227,7 +228,7 @@ def teacher_view(args: argparse.Namespace, data: DataSet) -> DataSpec:
     )
 
 
-def make_teacher(args: argparse.Namespace, data: DataSet) -> tuple[nn.Module, Distiller | None]:
+def make_teacher(args: argparse.Namespace, data: DataSet, own: DataSpec) -> tuple[nn.Module, Distiller | None]:
     """Return the teacher's network, from its checkpoint, from an earlier call or fresh, and what trains it where it has to be."""
     kept = args.output / "teacher" / "model.safetensors"
     file = args.teacher_checkpoint or (str(kept) if kept.is_file() else None)
@@ -237,15 +238,14 @@ def make_teacher(args: argparse.Namespace, data: DataSet) -> tuple[nn.Module, Di
     if args.teacher_epochs == 0:
         print("Note: the teacher is taken as it is; without training on these classes it has little to teach.")
         return network, None
-    seeing = Seeing(network, OwnView(data.spec, teacher_view(args, data)))
+    seeing = Seeing(network, OwnView(data.spec, own))
     return network, build_distiller("vanilla", seeing, data=data.spec, seed=args.seed)
 
 
 def get_teacher(
-    args: argparse.Namespace, data: DataSet, config: TrainConfig, network: nn.Module, training: Distiller | None
+    args: argparse.Namespace, data: DataSet, own: DataSpec, config: TrainConfig, network: nn.Module, training: Distiller | None
 ) -> Teacher:
     """Return the teacher as it is, or trained now on what it will see."""
-    own = teacher_view(args, data)
     if training is not None:
         config = replace(config, epochs=args.teacher_epochs)
         network = fit("teacher", training, None, data, config, args).get_submodule("network")
@@ -265,13 +265,13 @@ def describe(args: argparse.Namespace, role: str, data: DataSet, seen: DataSpec)
         std=seen.std,
         crop_share=round(views.crop / views.resize, 4),
         license=args.license,
-        options=pairs(getattr(args, f"{role}_option"), f"--{role}-option"),
+        options=args.given[f"{role}_option"],
     )
 
 
 def check_output(args: argparse.Namespace, data: DataSet, config: TrainConfig) -> dict[str, Any]:
     """Refuse an output folder that belongs to another run: a resumed one must be the same. Returns the settings of this one."""
-    free = ("data_root", "output", "workers", "device", "license", "export", "onnx")  # what does not change the student
+    free = ("data_root", "output", "workers", "device", "license", "export", "onnx", "given")  # what does not change the student
     settings: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in free}
     training = {name: value for name, value in asdict(config).items() if name != "channels_last"}  # which follows the device
     settings |= {"data": data.digest, "views": repr(data.augment), "training": training}
@@ -312,7 +312,9 @@ def measure(predict: Callable[[torch.Tensor], torch.Tensor], args: argparse.Name
     return evaluate_all({"it": predict}, evaluation, config, torch.device(args.device))["it"][0]
 
 
-def hand_over(student: nn.Module, teacher_accuracy: float, args: argparse.Namespace, data: DataSet, config: TrainConfig) -> None:
+def hand_over(
+    student: nn.Module, teacher_accuracy: float, args: argparse.Namespace, data: DataSet, own: DataSpec, config: TrainConfig
+) -> None:
     """Write weights, configuration, card, and the exported programs that were asked for."""
     info = describe(args, "student", data, data.spec)
     accuracy = measure(student.eval(), args, data, config)
@@ -329,9 +331,8 @@ def hand_over(student: nn.Module, teacher_accuracy: float, args: argparse.Namesp
             print(f"{name}: {files[name]}")
         except DistillZooError as error:
             problems.append(str(error))
-    options, by_term = pairs(args.option, "--option"), pairs(args.weight, "--weight") or None
-    described = describe_distiller(args.method, weights=by_term, **options)  # the defaults too: they may change some day
-    height, width = teacher_view(args, data).input_size
+    described = describe_distiller(args.method, weights=args.given["weight"], **args.given["option"])  # the defaults may change
+    height, width = own.input_size
     recipe = {
         "method": args.method,
         **{what: ", ".join(f"{name}={value}" for name, value in values.items()) or "none" for what, values in described.items()},
@@ -370,22 +371,23 @@ def run(args: argparse.Namespace) -> None:
         channels_last=args.device == "cuda",
         eval_batch_size=args.batch_size,
     )
-    options = pairs(args.option, "--option")
-    weights = pairs(args.weight, "--weight") or None
+    args.given = {name: pairs(getattr(args, name), f"--{name.replace('_', '-')}") for name in PAIRS}
+    options, weights = args.given["option"], args.given["weight"]
     data = load_images(args)
     print(f"Data: {data.description}; {data.spec.num_classes} classes.")
     settings = check_output(args, data, config)
     student = make_network(args, "student", data.spec.num_classes, args.student_checkpoint)
     stand_in = make_network(argparse.Namespace(**vars(args) | {"pretrained": False}), "teacher", data.spec.num_classes, None)
+    own = teacher_view(args, data)
     try:  # before anything is trained or written: method, options and networks fit
-        arguments = {"data": data.spec, "teacher_data": teacher_view(args, data), "weights": weights, "seed": args.seed}
+        arguments = {"data": data.spec, "teacher_data": own, "weights": weights, "seed": args.seed}
         build_distiller(args.method, copy.deepcopy(student), stand_in, **arguments, **options)
     except ShapeError as error:
         raise OptionError(f"{error} Here --crop is the student's size and --teacher-crop the teacher's.") from error
     del stand_in
-    network, training = make_teacher(args, data)
+    network, training = make_teacher(args, data, own)
     claim_output(args, settings)
-    teacher = get_teacher(args, data, config, network, training)
+    teacher = get_teacher(args, data, own, config, network, training)
     accuracy = measure(lambda images: teacher(images).logits, args, data, config)
     print(f"Teacher {args.teacher}: {accuracy:.2f} % on the evaluation images.")
     kept = args.output / "model.safetensors"
@@ -394,7 +396,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         distiller = build_distiller(args.method, student, teacher, data=data.spec, weights=weights, seed=args.seed, **options)
         student = fit("student", distiller, teacher, data, config, args)
-    hand_over(student, accuracy, args, data, config)
+    hand_over(student, accuracy, args, data, own, config)
     (args.output / "student.last.pt").unlink(missing_ok=True)
 
 
