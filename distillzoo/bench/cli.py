@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +18,12 @@ from distillzoo.bench.environment import check_commit
 from distillzoo.bench.lock import folder_lock
 from distillzoo.bench.networks import check_networks, pick_device
 from distillzoo.bench.options import Options, parse_options
-from distillzoo.bench.plan import Plan, TeacherJob, make_plan
+from distillzoo.bench.plan import Plan, make_plan
+from distillzoo.bench.plot import plot_sweep, plot_table
 from distillzoo.bench.progress import Console
 from distillzoo.bench.recipe import Recipe, list_recipes
 from distillzoo.bench.recorded import recorded_data, several_sets, unused_records
-from distillzoo.bench.records import RecordStore, canonical_json
-from distillzoo.bench.refusals import read_refusals, write_refusal
+from distillzoo.bench.records import RecordStore, atomic, canonical_json
 from distillzoo.bench.rows import list_tables, load_table, select_rows
 from distillzoo.bench.runner import SerialRunner, check_groups
 from distillzoo.bench.series import DONE, FAILED, exit_code
@@ -178,7 +178,7 @@ class Command:
             self._locked = True
 
     def _run(self) -> int:
-        self._read_results()
+        self.results = self.store.results(self.plan.runs)
         groups = self.plan.groups(self.results)
         failed = False
         action = self.options.action
@@ -201,37 +201,26 @@ class Command:
                 return DONE if whole else FAILED
             self._hold()
             for run_id, reason in self.reasons.items():
-                write_refusal(self.store.record(run_id), self.plan.runs[run_id].identity, reason)
+                self.store.refuse(run_id, self.plan.runs[run_id].identity, reason)
             runner = SerialRunner(self.plan, self.store, self.teachers, self.device, self.console, self.deadline)
             failed = not runner.run(groups)
-            self._read_results()
+            self.results = self.store.results(self.plan.runs)
         if action == "dry-run":
             self.console.say("Nothing is left to run: every record is there.")
             return DONE
         if action == "table-only":
-            self.reasons = read_refusals(self.store, self.plan.runs.keys() - self.results.keys())
+            self.reasons = self.store.refusals(self.plan.runs.keys() - self.results.keys())
             unused = unused_records(self.options.output, self.plan) if self.show else ""  # series keep several tables in one folder
             if unused:
                 self.console.warn(f"Note: {unused}")
+        if self.options.axes:
+            self.view = SweepView(self.plan, self.options.axes, self.results)
         else:
-            self.store.check_writable()
-        self.view = self._made_view()
+            self.view = make_table(self.plan, self.results, lambda job: self.teachers.describe(job, self.results), self.reasons)
         if self.show:
             self._show(self.view)
         diverged = any(result.get("status") != "done" for result in self.results.values())
         return FAILED if failed or diverged else DONE
-
-    def _read_results(self) -> None:
-        for run_id in self.plan.runs:
-            record = self.store.record(run_id)
-            result = self.store.result(record)
-            if result is not None:
-                self.results[run_id] = {**result, "environment": self.store.environment(record)}
-
-    def _made_view(self) -> Table | SweepView:
-        if self.options.axes:
-            return SweepView(self.plan, self.options.axes, self.results)
-        return make_table(self.plan, self.results, self._teacher_info, self.reasons)
 
     def _show(self, view: Table | SweepView) -> None:
         self.console.say("\n" + view.text() + "\n")
@@ -240,9 +229,6 @@ class Command:
             self._write(view, self.options.output, "_".join(["sweep", self.recipe.name, *axes] if axes else [self.recipe.name]))
 
     def _write(self, view: Table | SweepView, folder: Path, name: str) -> None:
-        from distillzoo.bench.plot import plot_sweep, plot_table  # matplotlib takes a second to import
-        from distillzoo.bench.records import atomic
-
         texts: dict[str, Callable[[], str]] = {"md": view.markdown, "csv": view.csv}
         try:
             for ending, text in texts.items():
@@ -260,9 +246,6 @@ class Command:
             self.console.say(f"Written: {folder / name}.md, .csv; records in {folder}.")
             return
         self.console.say(f"Written: {folder / name}.md, .csv, .png; records in {folder}.")
-
-    def _teacher_info(self, job: TeacherJob) -> Mapping[str, Any] | None:
-        return self.teachers.describe(job, self.results)
 
 
 def _listing() -> str:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from distillzoo.bench.training import GroupTask
-from distillzoo.engine import EpochReport, Observer, StepReport
+from distillzoo.engine import Observer, StepReport
 
 __all__ = ["Cost", "EnoughError", "count_flops", "extrapolated", "with_batch"]
 
@@ -52,9 +52,6 @@ class _OneStep(Observer):
     """Ends a training after its first step."""
 
     def on_step(self, report: StepReport) -> None:  # noqa: ARG002 - the interface of an observer
-        raise EnoughError
-
-    def on_epoch(self, report: EpochReport) -> None:  # noqa: ARG002
         raise EnoughError
 
 

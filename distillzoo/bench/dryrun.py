@@ -27,7 +27,7 @@ from distillzoo.engine import EpochReport, Observer, StepReport, Trainer, evalua
 from distillzoo.errors import DistillZooError
 from distillzoo.types import Batch, DataSpec, Loader, Phase
 
-__all__ = ["Cost", "estimate", "measure"]
+__all__ = ["estimate", "measure"]
 
 _WARM_UP, _STEPS, _EVAL_BATCHES = 2, 10, 3
 _MOST_FLOPS = 2e12  # of a step that a CPU is asked for: some minute's work of a core, and memory to match
@@ -67,22 +67,21 @@ class _Clock(Observer):
         raise EnoughError
 
 
-class _FirstBatches:
-    """The first batches of a loader, as a loader."""
+class _FirstBatch:
+    """The first batch of a loader, as a loader."""
 
-    def __init__(self, loader: Loader, count: int) -> None:
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
-        self._count = min(count, len(loader))
 
     @property
     def spec(self) -> DataSpec:
         return self._loader.spec
 
     def __len__(self) -> int:
-        return self._count
+        return 1
 
     def epoch(self, epoch: int, *, phase: str = "main", second_view: bool = False) -> Iterable[Batch]:
-        return itertools.islice(self._loader.epoch(epoch, phase=phase, second_view=second_view), self._count)
+        return itertools.islice(self._loader.epoch(epoch, phase=phase, second_view=second_view), 1)
 
 
 def measure(task: GroupTask) -> Cost:
@@ -143,7 +142,7 @@ def _evaluation_seconds(trainer: Trainer, task: GroupTask) -> float:
     start = time.perf_counter()
     batches = 0
     while batches < _EVAL_BATCHES and (not batches or time.perf_counter() - start < _PATIENCE):
-        evaluate_all(predict, _FirstBatches(trainer.evaluation, 1), task.config, task.device)
+        evaluate_all(predict, _FirstBatch(trainer.evaluation), task.config, task.device)
         batches += 1
     return (time.perf_counter() - start) / batches
 

@@ -69,7 +69,8 @@ def _take(path: Path) -> IO[str] | None:
         if _same_file(path, handle):
             handle.seek(0)
             handle.truncate()
-            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}, handle)
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, handle)
             handle.flush()
             return handle
         handle.close()  # its holder ended between the two calls and took the file away
@@ -80,10 +81,6 @@ def _same_file(path: Path, handle: IO[str]) -> bool:
         return path.stat().st_ino == os.fstat(handle.fileno()).st_ino
     except FileNotFoundError:
         return False
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _holder(text: str) -> str:

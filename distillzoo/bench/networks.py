@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from distillzoo.bench.plan import Group, Run
+from distillzoo.bench.plan import Group
 from distillzoo.bench.recipe import Pair, Recipe
 from distillzoo.bench.views import view_spec
 from distillzoo.build import build_distiller
@@ -102,19 +102,18 @@ def _wrong_size(role: str, name: str, data: DataSpec, error: BaseException) -> S
     )
 
 
-def build_members(group: Group, teacher: Teacher | None, runs: tuple[Run, ...] | None = None) -> dict[str, Distiller]:
+def build_members(group: Group, teacher: Teacher | None) -> dict[str, Distiller]:
     """Build the distillers of a group by run id, every one on a student of the same initial weights.
 
     Args:
         group: The group.
         teacher: Its shared teacher.
-        runs: Which of its runs; ``None`` takes all.
     Raises:
         DistillZooError: If a method cannot work on the pair, or an option or a tap is wrong.
     """
     student = make_network(group.pair.student, group.data, group.seed, "student")
     members: dict[str, Distiller] = {}
-    for run in group.runs if runs is None else runs:
+    for run in group.runs:
         options, weights = run.row.settings(group.pair)
         stages = group.taps.get(group.pair.student)
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distillzoo.bench.recipe import Pair, Recipe
-from distillzoo.bench.records import canonical_json, content_id
+from distillzoo.bench.records import content_id
 from distillzoo.bench.rows import Row, TableSpec, select_rows
 from distillzoo.bench.views import describe_view, published_weights
 from distillzoo.data import DataSet
@@ -20,9 +20,6 @@ __all__ = ["RESULTS_VERSION", "Cell", "Group", "Plan", "Run", "TeacherJob", "mak
 
 RESULTS_VERSION = 1
 """Raised when a change of the code changes results; every older record then counts as another run."""
-
-_NEUTRAL: dict[str, Any] = {}
-"""Training fields that were added later, with the value that means "as before": left out of ids when they have it."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +175,7 @@ def make_plan(
     Args:
         recipe: What to run.
         table: The table file.
-        load: Returns the data set of a recipe; called once for each choice of data options and split.
+        load: Returns the data set of a recipe; called for every point.
         teacher_checkpoint: The teacher's weights, in place of training it.
         points: Of a sweep: recipes with their rows; ``None`` takes the recipe's rows once.
     Raises:
@@ -188,10 +185,8 @@ def make_plan(
     if teacher_checkpoint is not None and len({pair.teacher for pair in pairs}) > 1:
         raise OptionError("--teacher-checkpoint is one teacher's weights, but the pairs name several; choose one with --pairs.")
     cells: list[Cell] = []
-    loaded: dict[str, DataSet] = {}
     for point, rows in points if points is not None else [(recipe, select_rows(table, recipe))]:
-        key = canonical_json([point.data, point.split])
-        data = loaded[key] = loaded[key] if key in loaded else load(point)
+        data = load(point)
         for pair in pairs:
             teacher = _teacher_job(point, pair.teacher, data, teacher_checkpoint)
             for seed in point.seeds:
@@ -222,10 +217,6 @@ def _data_identity(data: DataSet) -> dict[str, Any]:
     return {"name": data.name, "digest": data.digest, "split": data.split, "augment": repr(data.augment)}
 
 
-def _config_identity(config: TrainConfig) -> dict[str, Any]:
-    return {key: value for key, value in asdict(config).items() if key not in _NEUTRAL or value != _NEUTRAL[key]}
-
-
 def _teacher_job(recipe: Recipe, name: str, data: DataSet, checkpoint: Path | None) -> TeacherJob:
     config = recipe.teacher_config(name)
     view: dict[str, list[float]] = {}
@@ -235,7 +226,7 @@ def _teacher_job(recipe: Recipe, name: str, data: DataSet, checkpoint: Path | No
         "data": _data_identity(data),
         "network": name,
         "seed": recipe.teacher_seed,
-        "config": _config_identity(config),
+        "config": asdict(config),
         "storage": recipe.teacher_storage,
     }
     if checkpoint is not None and not checkpoint.is_file():
@@ -262,7 +253,7 @@ def _run(recipe: Recipe, row: Row, pair: Pair, seed: int, teacher: TeacherJob) -
         "method": row.method,
         **row.describe(pair),
         "seed": seed,
-        "config": _config_identity(config),
+        "config": asdict(config),
     }
     taps = {
         who: recipe.taps[name]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distillzoo.bench.records import atomic
 from distillzoo.bench.render import Spread
 from distillzoo.errors import MissingDependencyError
+from distillzoo.kinds import is_number
 
 if TYPE_CHECKING:
     from distillzoo.bench.table import Line, Table
@@ -116,7 +117,7 @@ def plot_sweep(title: str, axis: str, positions: Sequence[Any], series: Mapping[
     """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in positions)
+    numeric = all(map(is_number, positions))
     places = [float(value) for value in positions] if numeric else [float(i) for i in range(len(positions))]
     for number, (label, spreads) in enumerate(series.items()):
         colour = _LINES[number % len(_LINES)]

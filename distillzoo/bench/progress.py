@@ -69,10 +69,6 @@ class Console:
         finally:
             timer.cancel()
 
-    def meter(self, total: float, done: float = 0.0, deadline: float = math.inf) -> Meter:
-        """Start the bar of a plan."""
-        return Meter(self, total, done, deadline)
-
 
 class Meter:
     """Progress over a whole plan, in estimated seconds of work, so that cheap and dear steps weigh what they cost.
@@ -82,23 +78,20 @@ class Meter:
     Args:
         console: Where it is shown.
         total: Work of the plan.
-        done: Work that earlier runs did.
         deadline: When time is up, in seconds of the monotonic clock.
     """
 
-    def __init__(self, console: Console, total: float, done: float = 0.0, deadline: float = math.inf) -> None:
+    def __init__(self, console: Console, total: float, deadline: float = math.inf) -> None:
         self._console = console
         self._deadline = deadline
         self._total = max(total, 1e-9)
-        self._done = self._before = done
+        self._done = self._before = 0.0
         self._start = self._last_line = time.monotonic()
-        self._text = ""
         self._bar: tqdm[NoReturn] | None = None
         if console.err.isatty():
             wide = os.get_terminal_size(console.err.fileno()).columns > 0  # some terminals do not know; tqdm would draw nothing
             self._bar = tqdm(
                 total=self._total,
-                initial=done,
                 file=console.err,
                 mininterval=0.5,
                 smoothing=0.05,
@@ -110,12 +103,11 @@ class Meter:
     def advance(self, work: float, text: str) -> None:
         """Count work as done and say what is being done."""
         self._done = min(self._done + work, self._total)
-        self._text = text
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(min(work, self._total - self._bar.n))
         elif time.monotonic() - self._last_line > _LINE_SECONDS:
-            self._line()
+            self._line(text)
 
     def skip(self, work: float) -> None:
         """Count work that an earlier call did; it says nothing about the speed of this one."""
@@ -130,14 +122,14 @@ class Meter:
         """Return whether the deadline is over."""
         return time.monotonic() > self._deadline
 
-    def _line(self) -> None:
+    def _line(self, text: str) -> None:
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._start
         worked = self._done - self._before
         left = elapsed * (self._total - self._done) / worked if worked > 0 else float("nan")
         self._console.warn(
             f"{100 * self._done / self._total:3.0f}% {tqdm.format_interval(elapsed)}<"
-            f"{tqdm.format_interval(left) if left == left else '?'} {self._text}"
+            f"{tqdm.format_interval(left) if left == left else '?'} {text}"
         )
 
     def close(self) -> None:

@@ -63,7 +63,7 @@ class GroupRecorder(Observer):
         records: Mapping[str, Record],
         advance: Callable[[StepReport], None],
         finish: Finish,
-        time_is_up: Callable[[], bool] = lambda: False,
+        time_is_up: Callable[[], bool],
     ) -> None:
         self.records = records
         self.trainer: Trainer | None = None

@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -141,10 +141,6 @@ class Record:
         digests = {name: file_sha256(self.path / name) for name in _GUARDED if (self.path / name).is_file()}
         body = {"id": self.id, **result, "files": digests}
         self.write_json(self.result_path.name, {**body, "checksum": content_id(body)})
-        self.drop_checkpoint()
-
-    def drop_checkpoint(self) -> None:
-        """Remove ``last.pt`` where there is one."""
         (self.path / "last.pt").unlink(missing_ok=True)
 
     def read_result(self) -> dict[str, Any] | None:
@@ -232,6 +228,32 @@ class RecordStore:
             self.quarantine(record, str(error))
             return None
 
+    def results(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Return the results of the runs that are finished by id, each with its environment."""
+        found = ((record, self.result(record)) for record in map(self.record, ids))
+        return {record.id: {**result, "environment": self.environment(record)} for record, result in found if result is not None}
+
+    def refuse(self, run_id: str, identity: Mapping[str, object], reason: str) -> None:
+        """Write down that a method cannot work on a pair: a table made from records alone says so too.
+
+        Args:
+            run_id: Id of the run.
+            identity: What its id hashes.
+            reason: Why.
+        """
+        record, body = Record(self.root / run_id, REFUSED), {"id": run_id, "identity": dict(identity), "reason": reason}
+        record.path.mkdir(parents=True, exist_ok=True)
+        record.write_json(REFUSED, {**body, "checksum": content_id(body)})
+
+    def refusals(self, ids: Iterable[str]) -> dict[str, str]:
+        """Return why methods cannot work on pairs by run id, where that is written down; a damaged file counts as none."""
+        reasons: dict[str, str] = {}
+        for run_id in ids:
+            with suppress(RecordError):
+                found = Record(self.root / run_id, REFUSED).read_result()
+                reasons |= {} if found is None else {run_id: str(found["reason"])}
+        return reasons
+
     @staticmethod
     def environment(record: Record) -> dict[str, Any]:
         """Return where and how fast a record was made; nothing where that is not known: it decides no number."""
@@ -251,8 +273,6 @@ class RecordStore:
 
     def quarantine(self, record: Record, reason: str) -> None:
         """Move a record to ``quarantine/`` and say so."""
-        if record.path in self._ignored:
-            return
         if self.readonly:
             self._ignored.add(record.path)
             self.say(f"The record {record.path} is damaged: {reason}. The next run sets it aside and makes it again.")

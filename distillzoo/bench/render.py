@@ -6,9 +6,9 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["Spread", "as_csv", "as_markdown", "as_text", "spread"]
+__all__ = ["Spread", "as_csv", "as_markdown", "as_text"]
 
 
 class Spread:
@@ -18,7 +18,7 @@ class Spread:
         values: The values, one a seed.
     """
 
-    def __init__(self, values: Sequence[float]) -> None:
+    def __init__(self, values: Iterable[float]) -> None:
         self.values = tuple(values)
 
     @property
@@ -51,11 +51,6 @@ class Spread:
             return "-"
         mean = f"{self.mean:+.2f}" if signed else f"{self.mean:.2f}"
         return f"{mean} ± {'-' if self.sd is None else f'{self.sd:.2f}'}"
-
-
-def spread(values: Sequence[float | None]) -> Spread:
-    """Return the spread of the values that are there."""
-    return Spread([value for value in values if value is not None])
 
 
 def as_text(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distillzoo.bench.checks import check_keys
-from distillzoo.bench.plan import Plan, TeacherJob, make_plan
+from distillzoo.bench.plan import Plan, make_plan
 from distillzoo.bench.recipe import Recipe
 from distillzoo.bench.recorded import RecordedDataSet, recorded_data
 from distillzoo.bench.records import RecordStore
-from distillzoo.bench.refusals import read_refusals
-from distillzoo.bench.render import Spread, spread
+from distillzoo.bench.render import Spread
 from distillzoo.bench.rows import load_table
 from distillzoo.bench.table import Block, Line, Table, make_table
 from distillzoo.bench.teachers import TeacherStore
 from distillzoo.bench.yamls import read_yaml
 from distillzoo.errors import OptionError
 
-__all__ = ["Comparison", "Deviation", "Order", "comparisons", "deviations", "orders", "read_explanations", "recorded_table"]
+__all__ = ["Comparison", "Deviation", "comparisons", "deviations", "orders", "read_explanations", "recorded_table"]
 
 _NEAR = 0.5  # points; what two runs of one protocol on other machines may differ by
 
@@ -40,19 +38,10 @@ def recorded_table(recipe: Recipe, folder: Path, teachers: Sequence[Path], say: 
     data = recorded_data(folder, recipe) or nothing
     plan = make_plan(recipe, load_table(recipe.table or recipe.dataset), lambda _: data)
     store = RecordStore(folder, say, readonly=True)
-    results: dict[str, dict[str, Any]] = {}
-    for run_id in plan.runs:
-        record = store.record(run_id)
-        result = store.result(record)
-        if result is not None:
-            results[run_id] = {**result, "environment": store.environment(record)}
+    results = store.results(plan.runs)
     stored = TeacherStore(store, teachers)
-
-    def teacher_info(job: TeacherJob) -> Mapping[str, Any] | None:
-        return stored.describe(job, results)
-
-    reasons = read_refusals(store, plan.runs.keys() - results.keys())
-    return plan, make_table(plan, results, teacher_info, reasons)
+    reasons = store.refusals(plan.runs.keys() - results.keys())
+    return plan, make_table(plan, results, lambda job: stored.describe(job, results), reasons)
 
 
 @dataclass(frozen=True)
@@ -120,7 +109,7 @@ class Comparison:
     @property
     def differences(self) -> Spread:
         """The row less the other one, for the seeds that both have from one training of their teacher."""
-        return spread([*self.row.less(self.other).values()])
+        return Spread(self.row.less(self.other).values())
 
     @property
     def doubt(self) -> str:
@@ -144,6 +133,15 @@ class Comparison:
             return "taught by different trainings of the teacher"
         return self.gaps or "not there yet"
 
+    @property
+    def verdict(self) -> str:
+        """Of a row that is expected above: ``"met"`` or ``"not met"`` with what is to be doubted of it, or why there is none."""
+        mean = self.differences.mean
+        if mean is None:
+            return self.absent
+        met = "met" if mean > 0 else "not met"
+        return ", ".join(part for part in (met, self.doubt, self.gaps) if part)
+
     def text(self) -> str:
         """Write the differences, how many they are, and the doubt; or why there are none."""
         found = self.differences
@@ -151,28 +149,8 @@ class Comparison:
         return self.absent or ", ".join(part for part in parts if part)
 
 
-@dataclass(frozen=True)
-class Order:
-    """One row that is expected above another on a pair.
-
-    Args:
-        comparison: The row that is expected above, with the one that is expected below.
-    """
-
-    comparison: Comparison
-
-    @property
-    def verdict(self) -> str:
-        """``"met"`` or ``"not met"`` by the mean of the differences with what is to be doubted of it, or why there is none."""
-        mean = self.comparison.differences.mean
-        if mean is None:
-            return self.comparison.absent
-        met = "met" if mean > 0 else "not met"
-        return ", ".join(part for part in (met, self.comparison.doubt, self.comparison.gaps) if part)
-
-
-def orders(plan: Plan, table: Table) -> list[Order]:
-    """Return every order that the published figures lead to expect, for every pair.
+def orders(plan: Plan, table: Table) -> list[Comparison]:
+    """Return every order that the published figures lead to expect, for every pair: the row above with the one below.
 
     Args:
         plan: The plan; its table file says which orders are expected.
@@ -184,7 +162,7 @@ def orders(plan: Plan, table: Table) -> list[Order]:
         for source in plan.table.published:
             for below, above in source.get("orders", ()):
                 if below in lines and above in lines:
-                    found.append(Order(Comparison(block, lines[above], lines[below])))
+                    found.append(Comparison(block, lines[above], lines[below]))
     return found
 
 

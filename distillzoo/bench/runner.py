@@ -66,7 +66,7 @@ def _problem(group: Group, run: Run, lenient: bool) -> str | None:
     if run.teacher is not None:
         teacher = make_teacher(group, make_network(group.pair.teacher, group.data, 0, "teacher"))
     try:
-        build_members(group, teacher, (run,))
+        build_members(replace(group, runs=(run,)), teacher)
     except UnsupportedPairError as error:
         if not lenient:
             raise
@@ -105,11 +105,11 @@ class SerialRunner:
         self.device = device
         self.console = console
         self.deadline = deadline
-        self.failures: dict[str, str] = {}
+        self.failed = False
         self._started = time.monotonic()
 
     def run(self, groups: list[Group]) -> bool:
-        """Train the groups; returns whether everything went well. What failed is said, and stands in ``failures``.
+        """Train the groups; returns whether everything went well. What failed is said.
 
         Raises:
             TimeIsUp: When the deadline is over.
@@ -118,7 +118,7 @@ class SerialRunner:
         missing = [job for job in jobs.values() if self.teachers.find(job) is None]
         costs = _Costs()
         total = sum(costs.teacher(job) for job in missing) + sum(costs.group(group) for group in groups)
-        meter = self.console.meter(total, deadline=self.deadline)
+        meter = Meter(self.console, total, self.deadline)
         try:
             for job in missing:
                 self._make_teacher(job, costs, meter)
@@ -126,31 +126,27 @@ class SerialRunner:
                 self._run_group(group, costs, meter)
         finally:
             meter.close()
-        return not self.failures
+        return not self.failed
 
     def _make_teacher(self, job: TeacherJob, costs: _Costs, meter: Meter) -> None:
-        # one from elsewhere takes no step, and need not run on images of this size
-        step = 0.0 if job.imported else costs.forward(job.name, job.data, job.config) * (1 + _BACKWARD)
+        progress = GroupProgress(meter, f"teacher {job.name}", 0.0, costs.teacher_step(job))
         try:
-            found = self.teachers.make(job, self.device, GroupProgress(meter, f"teacher {job.name}", 0.0, step))
+            found = self.teachers.make(job, self.device, progress)
         except Exception as error:  # the groups of other teachers go on
             _LOG.error("teacher %s", job.id, exc_info=not isinstance(error, DistillZooError | OSError))
-            self._failed(job.id, f"The teacher {job.name} could not be made ({type(error).__name__}: {error})")
+            self._failed(f"The teacher {job.name} could not be made ({type(error).__name__}: {error})")
             return
         if found is None:
-            self._failed(job.id, f"The teacher {job.name} did not train to its end, so its students are left out")
+            self._failed(f"The teacher {job.name} did not train to its end, so its students are left out")
         else:
             self.console.say(f"Teacher {found.name} ({found.id}): {found.accuracy:.2f} % on {job.data.description}.")
 
-    def _failed(self, key: str, sentence: str) -> None:
-        self.failures[key] = sentence
+    def _failed(self, sentence: str) -> None:
+        self.failed = True
         self.console.warn(f"{sentence}.")
 
     def _run_group(self, group: Group, costs: _Costs, meter: Meter) -> None:
         runs = tuple(run for run in group.runs if run.teacher is None or self.teachers.find(run.teacher) is not None)
-        for run in group.runs:
-            if run not in runs:
-                self.failures[run.id] = "no teacher"
         if not runs:
             return
         group = replace(group, runs=runs)
@@ -159,9 +155,7 @@ class SerialRunner:
             self._train(group, label, costs, meter)
         except Exception as error:  # whatever went wrong in it, the other groups go on
             _LOG.error("group %s", label, exc_info=not isinstance(error, DistillZooError | OSError))
-            for run in runs:
-                self.failures.setdefault(run.id, str(error))
-            self.console.warn(f"The group {label} failed ({type(error).__name__}: {error}); the other records stand.")
+            self._failed(f"The group {label} failed ({type(error).__name__}: {error}); the other records stand")
 
     def _train(self, group: Group, label: str, costs: _Costs, meter: Meter) -> None:
         teacher, stored = None, None
@@ -200,7 +194,7 @@ class SerialRunner:
     ) -> None:
         record = self.store.record(run.id)
         if result.status == "failed":  # not a result: memory ran out, say; the next call tries again
-            self._failed(run.id, f"{run.row.label} on {run.pair}, seed {run.seed}, failed: {result.message}")
+            self._failed(f"{run.row.label} on {run.pair}, seed {run.seed}, failed: {result.message}")
             return
         record.write_metrics([metrics_line(report) for report in result.history])
         seconds = sum(report.seconds for report in result.history)
@@ -218,7 +212,7 @@ class SerialRunner:
         if student is not None:
             save_weights(record, "student.safetensors", student.network)
         else:
-            self._failed(run.id, f"{run.row.label} on {run.pair}, seed {run.seed}, {result.status}: {result.message}")
+            self._failed(f"{run.row.label} on {run.pair}, seed {run.seed}, {result.status}: {result.message}")
         record.finish(
             {
                 "identity": run.identity,
@@ -255,10 +249,13 @@ class _Costs:
     def steps(data: DataSet, config: TrainConfig) -> int:
         return -(-(data.spec.num_samples or 1) // config.batch_size) * config.epochs
 
-    def teacher(self, job: TeacherJob) -> float:
-        if job.imported:
+    def teacher_step(self, job: TeacherJob) -> float:
+        if job.imported:  # it takes no step, and need not run on images of this size
             return 0.0
-        return self.steps(job.data, job.config) * self.forward(job.name, job.data, job.config) * (1 + _BACKWARD)
+        return self.forward(job.name, job.data, job.config) * (1 + _BACKWARD)
+
+    def teacher(self, job: TeacherJob) -> float:
+        return self.steps(job.data, job.config) * self.teacher_step(job)
 
     def shared(self, group: Group) -> float:
         if group.teacher is None:

@@ -18,7 +18,7 @@ from distillzoo.bench.captions import (
 )
 from distillzoo.bench.plan import Cell, Plan
 from distillzoo.bench.recipe import Pair
-from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text, spread
+from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text
 from distillzoo.bench.rows import Row
 
 __all__ = ["NOT_APPLICABLE", "Block", "Line", "Table", "count_cells", "make_line", "make_table"]
@@ -76,7 +76,7 @@ class Line:
 
     def spreads(self) -> tuple[Spread, Spread, Spread]:
         """Return last, best and difference over seeds."""
-        return spread([*self.last.values()]), spread([*self.best.values()]), spread([*self.against.values()])
+        return Spread(self.last.values()), Spread(self.best.values()), Spread(self.against.values())
 
     def count(self) -> str:
         """Return the number of seeds, and of how many where some are missing."""

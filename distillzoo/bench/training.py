@@ -30,19 +30,14 @@ def forward_cost(network: torch.nn.Module, data: DataSpec, batch_size: int) -> f
     """Estimate the seconds of a forward pass: what the progress bar weighs steps with.
 
     Args:
-        network: The network.
+        network: A network on the CPU; it is left in eval mode.
         data: Size and channels of its images.
         batch_size: Images in a batch.
     """
-    parameter = next(network.parameters(), None)
-    device = None if parameter is None else parameter.device
-    images = torch.zeros((1, data.channels, *data.input_size), device=device)
-    training = network.training
     network.eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        network(images)
-    network.train(training)
+        network(torch.zeros(1, data.channels, *data.input_size))
     modules = sum(not any(module.children()) for module in network.modules())
     return counter.get_total_flops() * batch_size / _FLOPS_A_SECOND + modules * _SECONDS_A_MODULE
 

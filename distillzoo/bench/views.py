@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distillzoo.errors import OptionError, unknown_name
+from distillzoo.kinds import is_number, is_whole
 from distillzoo.models import create_model, timm_config
 from distillzoo.taps import OwnView
 from distillzoo.types import DataSpec
@@ -36,10 +37,8 @@ def check_teacher_data(given: Mapping[str, Any]) -> None:
             )
 
 
-def _fits(key: str, value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return isinstance(value, int) and value > 0 if key == "input_size" else value > 0 or key == "mean"
+def _fits(key: str, value: Any) -> bool:
+    return is_whole(value, 1) if key == "input_size" else is_number(value) and (value > 0 or key == "mean")
 
 
 def describe_view(name: str, given: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -88,6 +87,5 @@ class TrainConfig:
             self._check("ema_decay", 0 < self.ema_decay < 1, "between 0 and 1 or null")
 
     def _check(self, name: str, good: bool, allowed: str) -> None:
-        value = getattr(self, name)
-        if not good or (isinstance(value, float) and not math.isfinite(value)):
-            raise OptionError(f"{name} of the training configuration must be {allowed}; got {value!r}.")
+        if not good:
+            raise OptionError(f"{name} of the training configuration must be {allowed}; got {getattr(self, name)!r}.")

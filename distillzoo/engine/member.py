@@ -69,11 +69,6 @@ class Member:
         return self.phases[self.phase_number]
 
     @property
-    def fresh(self) -> bool:
-        """Whether nothing has been trained yet."""
-        return self.step == 0
-
-    @property
     def epochs(self) -> int:
         """Epochs of the current phase."""
         return self.config.epochs if self.phase.epochs is None else self.phase.epochs

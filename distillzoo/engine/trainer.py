@@ -102,7 +102,7 @@ class Trainer:
             Exception: What the observer raised at a member's end, once all members have had theirs.
         """
         for member in self.members.values():
-            if member.fresh:
+            if member.step == 0:
                 self._guarded(member, member.distiller.prepare, self.train)
             while member.status == "running" and member.phase_number < len(member.phases) - 1:
                 self._train_phase([member])  # a first phase is a member's own affair, on views of its own

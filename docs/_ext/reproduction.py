@@ -69,8 +69,8 @@ def _expected(plan: Plan, table: Table) -> list[str]:
         return []
     cells = [["Pair", "Expected", "Difference", "n", "Verdict"]]
     for order in claims:
-        pair, found = order.comparison.block.pair, order.comparison.differences
-        expected = f"{order.comparison.other.row.title} below {order.comparison.row.row.title}"
+        pair, found = order.block.pair, order.differences
+        expected = f"{order.other.row.title} below {order.row.row.title}"
         cells.append([f"{pair.teacher} to {pair.student}", expected, found.text(signed=True), str(found.n), order.verdict])
     return ["Orders that the published figures lead to expect:", "", *_list_table(cells)]
 

@@ -106,6 +106,7 @@ WRONG = [
     ("photos", ["--teacher", "timm/test_resnet", "--teacher-head", "slice"], "the first is 'ant'"),
     ("photos", ["--teacher_data.men", "declared"], "Did you mean 'mean'"),
     ("photos", ["--teacher_data.mean", "[1, 2]"], "3 numbers, one a channel"),
+    ("photos", ["--teacher_data.mean", "[.nan, 0, 0]"], "3 numbers, one a channel"),
     ("photos", ["--teacher_data.std", "[1, 0, 1]"], "above 0"),
     ("photos", ["--teacher_data.input_size", "[8.5, 8]"], "2 whole numbers of pixels"),
     ("photos", ["--teacher", "timm/vit_tiny_patch16_224"], "The teacher timm/vit_tiny_patch16_224 does not run on images of 16x16"),

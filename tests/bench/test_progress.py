@@ -7,7 +7,7 @@ import time
 import pytest
 
 from distillzoo.bench import progress
-from distillzoo.bench.progress import Console
+from distillzoo.bench.progress import Console, Meter
 
 
 class _Clock:
@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
 
 def test_plain_lines_where_there_is_no_terminal(clock: _Clock) -> None:
     err = io.StringIO()
-    meter = Console(io.StringIO(), err).meter(100.0)
+    meter = Meter(Console(io.StringIO(), err), 100.0)
     for _ in range(25):
         clock.now += 2
         meter.advance(1.0, "group a")
@@ -37,7 +37,7 @@ def test_plain_lines_where_there_is_no_terminal(clock: _Clock) -> None:
 
 def test_work_of_an_earlier_call_says_nothing_about_the_speed(clock: _Clock) -> None:
     err = io.StringIO()
-    meter = Console(io.StringIO(), err).meter(100.0)
+    meter = Meter(Console(io.StringIO(), err), 100.0)
     meter.skip(50.0)
     clock.now += 40
     meter.advance(10.0, "on")

@@ -13,7 +13,7 @@ from docutils.statemachine import StringList
 
 from distillzoo.bench.plan import Plan, make_plan
 from distillzoo.bench.recipe import Pair, Recipe, find_recipe, load_recipe, make_recipe
-from distillzoo.bench.reproduction import Comparison, Order, comparisons, deviations, orders, read_explanations, recorded_table
+from distillzoo.bench.reproduction import Comparison, comparisons, deviations, orders, read_explanations, recorded_table
 from distillzoo.bench.rows import load_table
 from distillzoo.bench.table import Table, make_table
 from distillzoo.data import DataSet
@@ -80,7 +80,7 @@ def test_figures_that_two_sources_share_count_once(tiny_data: Load) -> None:
 
 
 def test_orders_are_met_or_not_or_not_there_with_what_is_to_be_doubted(made: tuple[Plan, Table]) -> None:
-    found = {(each.comparison.other.row.name, each.comparison.row.row.name): each for each in orders(*made)}
+    found = {(each.other.row.name, each.row.row.name): each for each in orders(*made)}
     assert {names: each.verdict for names, each in found.items()} == {
         ("kdiffusion_average", "kdiffusion"): "not there yet",
         ("kdiffusion", "kdiffusion_multi"): "not met",
@@ -89,7 +89,7 @@ def test_orders_are_met_or_not_or_not_there_with_what_is_to_be_doubted(made: tup
         ("crd", "kdiffusion_guide"): "met, one seed",
         ("kd", "kdiffusion_guide"): "met, one seed",
     }
-    review = found["reviewkd", "kdiffusion_guide"].comparison
+    review = found["reviewkd", "kdiffusion_guide"]
     assert review.differences.values == (4.0,), "only the seed that both have"
 
 
@@ -117,7 +117,7 @@ def test_a_mean_whose_interval_by_students_t_holds_zero_is_inside_the_spread(
     row = replace(block.lines[0], last=dict(enumerate(differences)))
     other = replace(block.lines[1], last=dict.fromkeys(range(9), 0.0))
     assert Comparison(block, row, other).doubt == doubt
-    verdict = Order(Comparison(block, row, other)).verdict
+    verdict = Comparison(block, row, other).verdict
     assert verdict.endswith(doubt)
     assert verdict.startswith("met" if sum(differences) > 0 else "not met" if differences else "not there yet")
 
@@ -140,7 +140,7 @@ def test_rows_of_two_trainings_of_the_teacher_are_not_paired(made: tuple[Plan, T
     assert Comparison(block, two, one).text() == "+1.00 ± -, n = 1, one seed"
     other = replace(two, teachers={0: "b", 1: "b"})
     assert Comparison(block, other, one).text() == "taught by different trainings of the teacher"
-    assert Order(Comparison(block, other, one)).verdict == "taught by different trainings of the teacher"
+    assert Comparison(block, other, one).verdict == "taught by different trainings of the teacher"
     assert replace(other, teachers={}).less(one) == {0: 5.0, 1: 1.0}, (
         "of rows without a teacher, and of old records, nothing is known"
     )
@@ -170,10 +170,10 @@ def test_what_diverged_is_not_awaited(made: tuple[Plan, Table]) -> None:
     row = replace(block.lines[0], last={0: 60.0, 1: 61.0}, asked=3, ended={2: "diverged"})
     other = replace(block.lines[1], last={0: 50.0, 1: 50.0, 2: 50.0}, asked=3)
     assert Comparison(block, row, other).text().endswith(f", n = 2, {row.row.title}: seed 2 diverged")
-    assert Order(Comparison(block, row, other)).verdict == f"met, {row.row.title}: seed 2 diverged"
+    assert Comparison(block, row, other).verdict == f"met, {row.row.title}: seed 2 diverged"
     gone = replace(row, last={}, ended=dict.fromkeys(range(3), "diverged"))
     assert Comparison(block, gone, other).text() == f"{row.row.title}: seeds 0, 1 and 2 diverged"
-    assert Order(Comparison(block, other, gone)).verdict == f"{row.row.title}: seeds 0, 1 and 2 diverged"
+    assert Comparison(block, other, gone).verdict == f"{row.row.title}: seeds 0, 1 and 2 diverged"
     assert Comparison(block, replace(gone, ended={}, applies=False), other).text() == f"{row.row.title}: not applicable"
     far = replace(made[1], blocks=(replace(block, lines=(replace(row, published=(("someone", 90.0),)),)),))
     assert "(2 seeds; seed 2 diverged, so that the mean of the others flatters), published 90.00" in "".join(
