@@ -15,10 +15,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from distillzoo.bench.choice import check_kept, choose, keep_records, load_search, table_file, table_text
+from distillzoo.bench.choice import choose, load_search
+from distillzoo.bench.choice_text import check_kept, table_file, table_text
 from distillzoo.bench.progress import Console
 from distillzoo.bench.rows import TABLES
-from distillzoo.bench.series import exit_code, series_options, series_parser, write_text
+from distillzoo.bench.series import copy_records, exit_code, series_options, series_parser, write_text
 
 _HERE = Path(__file__).resolve().parent
 
@@ -45,10 +46,11 @@ def _choose(given: argparse.Namespace, console: Console) -> int:
     table = table_file(search, choices, "python benchmarks/choose_weights.py --data-root DIR")
     check_kept(table, written)
     place = given.results / f"{search.table}_weights"
-    count = keep_records(choices, given.output, place)
+    kept = [choice.ids[value] for choice in choices for value in choice.accuracies]
+    copy_records(kept, given.output, place)
     write_text(place / "choice.txt", f"{text}\n")
     write_text(written, table)
-    console.say(f"Written: {count} records and choice.txt in {place}, and {written}.")
+    console.say(f"Written: {len(kept)} records and choice.txt in {place}, and {written}.")
     return code
 
 

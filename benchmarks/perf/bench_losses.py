@@ -269,13 +269,14 @@ def test_crd_scores(benchmark: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table of every pair."""
+    """Print the table of every pair; return 1 if a loss is over its budget, else 0."""
     parser = argparse.ArgumentParser(description="What each method's loss costs beside the networks.")
     parser.add_argument("--pairs", default=",".join(":".join(pair) for pair in PAIRS), help="teacher:student,...")
     parser.add_argument("--methods", default="all", help="names, or all")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args(arguments)
     methods = list_distillers() if given.methods == "all" else given.methods.split(",")
+    code = 0
     for pair in given.pairs.split(","):
         teacher, student = pair.split(":")
         cases, refused = measure(teacher, student, methods, given.rounds)
@@ -284,11 +285,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{'method':12s} {'loss':>12s} {'share':>10s} {'must':>10s} {'products':>10s} {'memory':>11s}")
         for case in cases:
             print(case)
+            code |= not case.within
         for name, reason in refused.items():
             print(f"{name:12s} refused: {reason}")
     ratio, difference = crd_against_gathering(given.rounds)
     print(f"\nCRD scores: {ratio:.1f} x faster than gathering, largest difference {difference:.1e}")
-    return 0
+    return code
 
 
 if __name__ == "__main__":

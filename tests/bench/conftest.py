@@ -9,24 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from distillzoo.bench import recording
 from distillzoo.bench.cli import main
 from distillzoo.bench.progress import Console
 from distillzoo.bench.recipe import Recipe, make_recipe
 from distillzoo.data import DataSet, load_dataset
-
-TINY = {
-    "name": "tiny",
-    "dataset": "synthetic",
-    "pairs": ["tinycnn_32:tinycnn_8"],
-    "table": "digits",
-    "methods": ["vanilla", "kd"],
-    "seeds": [0, 1],
-    "data": {"num_classes": 3, "size": 8, "num_train": 24, "num_test": 12},
-    "teacher": {"epochs": 2, "batch_size": 12, "lr": 0.05, "schedule": "onecycle"},
-    "student": {"epochs": 3, "batch_size": 12, "lr": 0.05, "schedule": "onecycle"},
-}
 
 TINY_YAML = """
 name: tiny
@@ -39,6 +28,7 @@ data: {num_classes: 3, size: 8, num_train: 24, num_test: 12}
 teacher: {epochs: 2, batch_size: 12, lr: 0.05, schedule: onecycle}
 student: {epochs: 3, batch_size: 12, lr: 0.05, schedule: onecycle}
 """
+TINY = yaml.safe_load(TINY_YAML)
 
 
 class Outcome(NamedTuple):

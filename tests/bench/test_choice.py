@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from benchmarks.choose_weights import main
-from distillzoo.bench.choice import Choice, Search, Swept, arguments, check_kept, load_search, table_file
+from distillzoo.bench.choice import Choice, Search, Swept, arguments, load_search
+from distillzoo.bench.choice_text import check_kept, table_file
 from distillzoo.bench.options import parse_options
 from distillzoo.bench.progress import Console
 from distillzoo.bench.recipe import Pair

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from distillzoo.bench.recipe import Pair, Recipe, apply_override, find_recipe, list_recipes, load_recipe, make_recipe
-from distillzoo.errors import DistillZooError, OptionError, UnknownNameError
+from distillzoo.errors import DistillZooError, OptionError
 from tests.bench.conftest import TINY, TINY_YAML
 
 
@@ -150,13 +150,9 @@ def test_recipes_are_found_by_data_set() -> None:
         (None, "cifar10", "Did you mean 'cifar100'"),
         (None, "nonsense", "Unknown data set"),
         ("no/such.yaml", None, "does not exist"),
+        ("digts", None, "Unknown recipe 'digts'. Did you mean 'digits'"),
     ],
 )
 def test_recipes_that_are_not_found(name: str | None, dataset: str | None, words: str) -> None:
     with pytest.raises(DistillZooError, match=words):
         find_recipe(name, dataset)
-
-
-def test_unknown_recipe_is_an_unknown_name() -> None:
-    with pytest.raises(UnknownNameError, match=r"Unknown recipe 'digts'. Did you mean 'digits'"):
-        find_recipe("digts", None)

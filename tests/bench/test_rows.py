@@ -13,7 +13,7 @@ from distillzoo.bench.options import parse_options
 from distillzoo.bench.plan import make_plan
 from distillzoo.bench.recipe import Pair, Recipe, make_recipe
 from distillzoo.bench.rows import Row, load_table, select_rows
-from distillzoo.bench.sweep import method_override, parse_axis, sweep_points
+from distillzoo.bench.sweep import method_override, sweep_points
 from distillzoo.data import DataSet
 from distillzoo.errors import OptionError
 from tests.bench.conftest import TINY
@@ -93,14 +93,6 @@ def test_a_sweep_of_what_decides_nothing_is_refused(tiny_data: Load, tmp_path: P
         OptionError, match=r"teacher\.lr=0\.1 and teacher\.lr=0\.2 make one and the same run of KD on resnet56:resnet20"
     ):
         plan("--methods", "vanilla,kd", "--sweep", "teacher.lr=0.1,0.2", checkpoint=tmp_path / "teacher.pt")
-
-
-def test_points_that_make_one_run_are_named(tiny_data: Load) -> None:
-    recipe = make_recipe({**TINY, "methods": ["kd"]})
-    table, axis = load_table("digits"), parse_axis("teacher.lr=0.1,0.2")
-    (first, rows), (_, others) = sweep_points([axis], table, recipe)
-    with pytest.raises(OptionError, match=r"teacher\.lr=0\.1 and teacher\.lr=0\.2 make one and the same run of KD on tinycnn_32"):
-        make_plan(recipe, table, tiny_data, points=[(first, rows), (first, others)])
 
 
 @pytest.mark.parametrize(

@@ -180,18 +180,23 @@ class KillAfter(Observer):
             raise Killed
 
 
+def states_of_a_killed_run(methods, config, epoch=0, **options):
+    """Return the states that members had when the epoch after this one was cut off."""
+    states = {}
+    watch = KillAfter(epoch, states)
+    watch.trainer = make(methods, config, observer=watch, **options)
+    with pytest.raises(Killed):
+        watch.trainer.run()
+    return states
+
+
 @pytest.mark.parametrize("schedule", ["step", "cosine", "onecycle"])
 @pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "clip_norm": 1.0, "nesterov": True, "decay_norm_bias": False}])
 def test_resume_equals_an_unbroken_run_bit_for_bit(schedule, extra):
     config = TrainConfig(epochs=3, batch_size=8, schedule=schedule, milestones=(1, 2), **extra)
     unbroken = make(METHODS, config, dropout=0.2)
     expected = unbroken.run()
-    states = {}
-    watch = KillAfter(0, states)
-    killed = make(METHODS, config, dropout=0.2, observer=watch)
-    watch.trainer = killed
-    with pytest.raises(Killed):
-        killed.run()
+    states = states_of_a_killed_run(METHODS, config, dropout=0.2)
     resumed = make(METHODS, config, dropout=0.2)
     for name, state in states.items():
         resumed.restore(name, state)
@@ -204,13 +209,8 @@ def test_resume_equals_an_unbroken_run_bit_for_bit(schedule, extra):
 
 
 def test_members_at_different_epochs_join_at_their_own():
-    states = {}
-    watch = KillAfter(1, states)
     config = TrainConfig(epochs=4, batch_size=8)
-    killed = make(METHODS, config, observer=watch)
-    watch.trainer = killed
-    with pytest.raises(Killed):
-        killed.run()
+    states = states_of_a_killed_run(METHODS, config, epoch=1)
     resumed = make(METHODS, config)
     resumed.restore("kd", states["kd"])  # the others' files are lost
     resumed.run()
@@ -225,7 +225,6 @@ def test_first_phases_have_their_own_views_terms_and_parameters():
     trainer = make({"two": (TwoPhase, {}), "kd": ("kd", {})}, config)
     start = weights_of(trainer, "two")
     member = trainer.members["two"]
-    member.phases[0]
     trainer._train_phase([member])
     after_first = weights_of(trainer, "two")
     moved = {key for key in start if not torch.equal(start[key], after_first[key])}
@@ -242,12 +241,7 @@ def test_two_phases_resume_bit_for_bit():
     config = TrainConfig(epochs=2, batch_size=8)
     unbroken = make({"two": (TwoPhase, {})}, config)
     unbroken.run()
-    states = {}
-    watch = KillAfter(0, states)
-    killed = make({"two": (TwoPhase, {})}, config, observer=watch)
-    watch.trainer = killed
-    with pytest.raises(Killed):
-        killed.run()
+    states = states_of_a_killed_run({"two": (TwoPhase, {})}, config)
     resumed = make({"two": (TwoPhase, {})}, config)
     resumed.restore("two", states["two"])
     resumed.run()
