@@ -151,6 +151,7 @@ def test_wrong_recipe_files(text: str, call: Call, tmp_path: Path) -> None:
 TABLES = {
     "rows: [kd, at]\n": "must be a mapping of names to fields",
     "rows: {kd: {options: [1]}}\n": "Options of row 'kd'",
+    "rows: {kd: {pairs: [1]}}\n": "Pairs of row 'kd'",
     "rows: {kd: {pairs: {a: 1}}}\n": "Pairs, a of row 'kd'",
     "rows: {kd: {}}\nbaseline: nothing\n": "Unknown baseline",
 }

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from distillzoo.bench.choice import Choice, Search, Swept, table_text
+from distillzoo.bench.choice import Choice, Search, Swept
+from distillzoo.bench.choice_text import table_text
 from distillzoo.bench.places import cost_sentence, places, places_sentence
 from distillzoo.bench.plan import Plan, make_plan
 from distillzoo.bench.recipe import Recipe, make_recipe
