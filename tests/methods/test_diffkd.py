@@ -135,6 +135,14 @@ def test_terms_written_out(target, matching):
         torch.testing.assert_close(terms[name].detach(), value, rtol=1e-4, atol=1e-5)
 
 
+def test_a_map_is_denoised_from_its_neighbourhood_and_logits_each_for_themselves():
+    places = oracles.tiny_pair("diffkd").places
+    kernels = {
+        name: {layer.kernel_size for layer in place.modules() if isinstance(layer, torch.nn.Conv2d)} for name, place in places.items()
+    }
+    assert kernels == {"map": {(1, 1), (3, 3)}, "logits": {(1, 1)}}
+
+
 def test_the_working_width_is_bounded_on_small_images():
     pair = {"student": TinyNet(4, stages=1), "teacher": TinyNet(300, stages=1)}
 
@@ -143,11 +151,12 @@ def test_the_working_width_is_bounded_on_small_images():
 
     assert width(32) == 256
     assert width(64) == 256
-    assert width(72) == 300
+    assert width(65) == 300
     pair["teacher"] = TinyNet(1100, stages=1)
     assert width(72) == 1024
     pair["teacher"] = TinyNet(300, stages=1)
     assert width(32, latent_channels=7) == 7
+    assert width(32, latent_channels=1) == 1
     assert width(32, target="raw") == 300
     pair["teacher"] = TinyNet(40, stages=1)
     assert width(32) == 40

@@ -18,6 +18,7 @@ def slow_hint(student, teacher):
 
 def test_oracle_and_the_equation_written_out():
     loss = hint_loss(oracles.wide_student_map(), oracles.teacher_map()).item()
+    assert hint_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 6.0]])) == 10.0  # rows of features are maps of one value
     assert loss == pytest.approx(0.98211150, abs=1e-8)
     assert loss == pytest.approx(slow_hint(oracles.wide_student_map(), oracles.teacher_map()), abs=1e-12)
 
@@ -156,12 +157,12 @@ def test_the_term_is_the_loss_of_the_regressed_tap():
     torch.testing.assert_close(distiller(images, targets).terms["hint"], hint_loss(distiller.regressor(guided), hint))
 
 
-@pytest.mark.parametrize("size", [8, 20, 24])
+@pytest.mark.parametrize("size", [(8, 8), (20, 20), (24, 24), (16, 24)])
 def test_images_of_another_size_than_it_was_built_for(size):
     """A quarter and four times the size, where no convolution scales with the images as one of stride 2 does."""
     for student, teacher in ((1, 3), (3, 1)):
         distiller = oracles.tiny_pair("fitnet", student=TinyNet(2, stages=student), teacher=TinyNet(2, stages=teacher))
-        out = distiller(torch.randn(2, 3, size, size), torch.tensor([0, 1]))
+        out = distiller(torch.randn(2, 3, *size), torch.tensor([0, 1]))
         out.loss.backward()
         assert torch.isfinite(out.loss)
         assert distiller.regressor.conv.weight.grad.any()

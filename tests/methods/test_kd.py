@@ -27,6 +27,11 @@ def test_oracle(temperature, value):
     assert loss.item() == pytest.approx(value, abs=1e-8)
 
 
+def test_the_usual_temperature_is_four():
+    assert kd_loss(oracles.student_logits(), oracles.teacher_logits()).item() == pytest.approx(3.33097111, abs=1e-8)
+    assert oracles.tiny_pair("kd").temperature == 4.0
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 4.0, 20.0])
 def test_equals_the_equation_written_out(temperature):
     student, teacher = oracles.student_logits(), oracles.teacher_logits()
