@@ -136,10 +136,9 @@ def test_terms_written_out(target, matching):
 
 
 def test_a_map_is_denoised_from_its_neighbourhood_and_logits_each_for_themselves():
-    places = oracles.tiny_pair("diffkd").places
-    kernels = {
-        name: {layer.kernel_size for layer in place.modules() if isinstance(layer, torch.nn.Conv2d)} for name, place in places.items()
-    }
+    kernels: dict[str, set[tuple[int, ...]]] = {}
+    for name, place in oracles.tiny_pair("diffkd").places.items():
+        kernels[name] = {layer.kernel_size for layer in place.modules() if isinstance(layer, torch.nn.Conv2d)}
     assert kernels == {"map": {(1, 1), (3, 3)}, "logits": {(1, 1)}}
 
 
