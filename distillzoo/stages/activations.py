@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from distillzoo.stages.probe import Call, DryRun, split_path
+from distillzoo.stages.dry_run import Call, DryRun
+from distillzoo.stages.probe import split_path
 from distillzoo.stages.restoring import restored
 from distillzoo.types import Stage
 

@@ -11,8 +11,9 @@ from torch.autograd.graph import Node
 from distillzoo.errors import TapError, near_matches
 from distillzoo.registry import STAGE_FINDERS
 from distillzoo.stages.activations import complete_stage
+from distillzoo.stages.dry_run import Call, DryRun
 from distillzoo.stages.layouts import map_size
-from distillzoo.stages.probe import Call, DryRun, Probe, split_path
+from distillzoo.stages.probe import Probe, split_path
 from distillzoo.types import Stage
 
 __all__ = ["classifier_input", "declared_stages", "find_stages", "resolve_stages"]
