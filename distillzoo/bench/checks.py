@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -35,7 +36,7 @@ def check_keys(given: object, known: Iterable[str] | None, where: str) -> None:
         OptionError: If a key is unknown, or it is no mapping.
     """
     if not isinstance(given, Mapping):
-        raise OptionError(f"{where[0].upper()}{where[1:]} must be a mapping of names to values; got {given!r}.")
+        raise OptionError(f"{where[0].upper()}{where[1:]} must be a mapping of names to values; got {reprlib.repr(given)}.")
     for key in given:
         if known is not None and key not in known:
             raise OptionError(unknown_name(f"field of {where}", str(key), known, listed="Its fields are"))

@@ -146,6 +146,7 @@ class Recipe:
 _CONFIG_FIELDS = tuple(item.name for item in fields(TrainConfig))
 _RECIPE_FIELDS = tuple(item.name for item in fields(Recipe))
 # Never handed to jsonargparse: where the type is Any it would import and construct what a mapping names.
+_SET_APART = {"name": "the field dataset", "root": "--data-root", "split": "the field split", "download": "--download"}
 _FREE_FIELDS = ("data", "teacher_data", "student_overrides", "teacher_overrides", "options", "weights", "original")
 
 
@@ -179,6 +180,9 @@ def make_recipe(values: Mapping[str, Any], source: str = "The recipe") -> Recipe
             raise OptionError(
                 f"The field {key!r} of {source[0].lower()}{source[1:]} must be a mapping of names to values; got {value!r}."
             )
+    for key in free.get("data", ()):
+        if key in _SET_APART:
+            raise OptionError(f"{key!r} is no option under data of {source[0].lower()}{source[1:]}; set it by {_SET_APART[key]}.")
     typed = typed_fields(Recipe, {key: value for key, value in values.items() if key not in free}, "recipe")
     return Recipe(**{**typed, **copy.deepcopy(free)})
 

@@ -238,8 +238,9 @@ def make_table(plan: Plan, results: Results, teacher_info: TeacherInfo, reasons:
         published = plan.table.published_figures("teacher", pair)
         caption = pair_caption(cells, lines, results, teacher_info, reasons, published)
         blocks.append(Block(pair, tuple(lines), caption, cut))
-    dataset = plan.recipe.dataset
-    heading = plan.table.title if plan.table.name == dataset or plan.table.name.startswith(f"{dataset}_") else dataset
+    dataset, name = plan.recipe.dataset, plan.recipe.table or plan.table.name
+    own = name == dataset or name.startswith(f"{dataset}_") or name.endswith((".yaml", ".yml"))  # the rows of others are lent
+    heading = plan.table.title if own else dataset
     caption = table_caption(plan, [line for block in blocks for line in block.lines])
     return Table(heading, baseline_title(plan), plan.table.baseline, tuple(blocks), caption)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 
@@ -39,7 +39,7 @@ class FolderDataSet(ViewDataSet[Listing]):
         workers: Processes that read images; ``None`` takes as many as there are processors.
     """
 
-    workers: int | None = None
+    workers: int | None = field(default=None, kw_only=True)
 
     @cached_property
     def digest(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
@@ -164,7 +164,7 @@ class ViewDataSet(ABC, Generic[ImagesT]):
     augment: CropViews
     train: ImagesT
     evaluation: ImagesT
-    class_list: ClassList | None = None
+    class_list: ClassList | None = field(default=None, kw_only=True)
 
     @cached_property
     def spec(self) -> DataSpec:

@@ -152,8 +152,6 @@ class GPD(Distiller):
         if not is_number(noise) or noise < 0.0:
             raise OptionError(f"noise must be a finite deviation of at least 0; got {noise!r}. The authors' is 1e-6, 0 is none.")
         _check_smoothing(smoothing)
-        if branch_start is not None and not self.branched:
-            raise OptionError(f"{type(self).__name__} has no branches to start; got branch_start={branch_start!r}: leave it out.")
         start = start_for(student.module) if branch_start is None else check_choice("branch_start", branch_start, BranchStart)
         self.smoothing, self.distils = smoothing, strategy != "hard"
         method = _static_method(static, static_options, teacher)
@@ -288,7 +286,6 @@ class GPDReduced(GPD):
         strategy: ``"both"``, ``"hard"`` or ``"soft"``, as in :class:`GPD`.
         smoothing: Label smoothing of ``dynamic``, from 0 to 1.
         noise: Deviation of the noise that tells copies apart; 0 is none.
-        branch_start: It has no branches: leave this out.
         weights: Weights by term.
         seed: Seed of the distiller.
     Raises:
@@ -302,6 +299,29 @@ class GPDReduced(GPD):
     """
 
     branched: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        student: Tapped,
+        teacher: Teacher | None,
+        data: DataSpec,
+        *,
+        static: str | None = "dkd",
+        static_options: Mapping[str, Any] | None = None,
+        static_weights: Mapping[str, Weight] | str | None = None,
+        teach_dynamic: bool = True,
+        ratio: int = 2,
+        strategy: Strategy = "both",
+        smoothing: float = 0.1,
+        noise: float = 1e-6,
+        weights: Mapping[str, Weight] | str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            student, teacher, data, static=static, static_options=static_options, static_weights=static_weights,
+            teach_dynamic=teach_dynamic, ratio=ratio, strategy=strategy, smoothing=smoothing, noise=noise, weights=weights,
+            seed=seed,
+        )  # fmt: skip
 
 
 def _gap(network: nn.Module, images: Tensor, mode: Mode) -> float:

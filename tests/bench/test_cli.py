@@ -74,6 +74,8 @@ WRONG = [
     (["--student_overrides.tinycnn_32.lr", "1"], "The students of the pairs are: tinycnn_8"),
     (["--teacher_overrides.tinycnn_8.lr", "1"], "The teachers of the pairs are: tinycnn_32"),
     (["--data.num_trai", "1"], "Did you mean 'num_train'"),
+    (["--data.root", "x"], "set it by --data-root"),
+    (["--data.split", "heldout"], "set it by the field split"),
     (["--taps.tinycnn_8", "[stage1, stag2]"], "no module 'stag2'; the nearest paths are stage2"),
     (["--taps.tinycnn_32", "[stag1]"], "nearest paths"),
     (["--sweep", "kd.temp=1,2"], "Unknown option of kd 'temp'"),
@@ -165,6 +167,13 @@ def test_wrong_table_files(text: str, call: Call, recipe_file: str, tmp_path: Pa
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert TABLES[text] in outcome.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_table_of_ones_own_has_its_title(call: Call, recipe_file: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("title: Two rows\nrows: {kd: {title: KD}, at: {title: AT}}\n")
+    outcome = call("--recipe", recipe_file, "--table", str(path), "--table-only", "--output", str(tmp_path / "runs"))
+    assert outcome.out.startswith("\nTwo rows: ")
 
 
 def test_a_preset_of_weights_and_an_empty_output(call: Call, recipe_file: str, tmp_path: Path) -> None:

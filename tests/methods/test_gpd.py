@@ -273,7 +273,6 @@ def test_what_a_static_loss_may_not_do_is_found(registry):
         ({"static_weights": {"kd": 1.0}}, OptionError, "term of DKD"),
         ({"weights": {"dynamics": 1.0}}, OptionError, "Did you mean 'dynamic'"),
         ({"branch_start": "fresh"}, OptionError, "branch_start is one of pretrained, scratch"),
-        ({"name": "gpd_reduced", "branch_start": "scratch"}, OptionError, "GPDReduced has no branches .* leave it out"),
     ],
 )
 def test_bad_options_are_refused(options, error, sentence):
