@@ -266,10 +266,14 @@ class Distiller(nn.Module, ABC):
 
         Args:
             weights: Weights of all terms.
-            given: What the user passed as ``weights``: if by term, they override.
+            given: What the user passed as ``weights``: if by term, they override; the values of a preset are among ``weights``.
+        Raises:
+            OptionError: If a name is no term of this method, or there is no such preset.
         """
         self._weighting = TermWeights(weights, type(self).__name__).to(self.step.device)
-        if given is not None and not isinstance(given, str):
+        if given is None or isinstance(given, str):
+            preset_weights(self.weight_presets, given, type(self).__name__)
+        else:
             self.override_weights(given)
 
     def override_weights(self, weights: Mapping[str, Weight]) -> None:

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distillzoo import create_model
-from distillzoo.dataflow import Flow, RemainingPath, linear_sites, reaches_by_addition, same_function, tap_before_activation
+from distillzoo.dataflow import (
+    Flow,
+    RemainingPath,
+    inner_widths,
+    linear_sites,
+    reaches_by_addition,
+    same_function,
+    tap_before_activation,
+)
 from distillzoo.dataflow.experiments import is_linear_op, last_function
 from distillzoo.errors import OptionError, TapError, UnsupportedPairError
 from distillzoo.stages import Probe
@@ -233,7 +241,9 @@ def test_a_network_without_gradients_is_refused(grad):
                 return super().forward(x)
 
     with pytest.raises(UnsupportedPairError, match="What Graphless computes of its images keeps no gradients"):
-        Flow(Graphless(OwnConv(6, 8)), DATA)
+        Flow(Graphless(OwnConv(6, 8)), DATA).linear("fc")
+    with pytest.raises(UnsupportedPairError, match=r"fails where they are on \(a leaf" if grad else "switches them off;"):
+        inner_widths(Flow(Graphless(OwnConv(6, 8)), DATA))
 
 
 def test_what_a_stage_says_by_hand_is_taken():

@@ -60,6 +60,16 @@ def test_the_loss_is_the_weighted_sum_with_cross_entropy():
     torch.testing.assert_close(out.loss, out.terms["ce"] + 2.0 * out.terms["hint"])
 
 
+def test_terms_that_follow_from_options_take_the_users_weights():
+    distiller = build()
+    distiller.set_weights({"ce": 1.0, "hint": 2.0}, {"hint": 3.0})
+    assert distiller.weights["hint"].final() == 3.0
+    with pytest.raises(OptionError, match="Unknown weight preset of Hint 'imagnet'"):
+        distiller.set_weights({"ce": 1.0, "hint": 2.0}, "imagnet")
+    with pytest.raises(OptionError, match="weights is a mapping from terms to weights"):
+        distiller.set_weights({"ce": 1.0, "hint": 2.0}, ["hint"])
+
+
 def test_weights_override_one_by_one_and_presets_by_name():
     assert {name: weight.final() for name, weight in build(weights={"hint": 3.0}).weights.items()} == {"ce": 1.0, "hint": 3.0}
     assert build(weights="imagenet").weights["ce"].final() == 0.5

@@ -150,7 +150,10 @@ def test_an_unknown_tap_names_the_taps_there_are():
 def test_a_module_with_two_paths_is_tapped_by_either():
     net = Plain().eval()
     net.alias = net.act2
-    assert torch.equal(*(tapped("last", module=net, stages=[path])(IMAGES).features["stage1"] for path in ("act2", "alias")))
+    by_name, by_alias = (tapped("stage1", "stage1.pre", module=net, stages=[path]) for path in ("act2", "alias"))
+    assert by_alias.stages == by_name.stages
+    assert by_alias.stages[0].pre == "act2:input"
+    torch.testing.assert_close(by_alias(IMAGES).features, by_name(IMAGES).features, rtol=0, atol=0)
 
 
 def test_a_path_that_does_not_exist_names_the_nearest():

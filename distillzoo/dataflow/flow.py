@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from distillzoo.dataflow.experiments import is_linear_op
-from distillzoo.errors import TapError, UnsupportedPairError
+from distillzoo.errors import TapError, UnsupportedPairError, failure_of
 from distillzoo.stages import Call, DryRun, Probe, is_activation, split_path
 from distillzoo.types import DataSpec, Stage
 
@@ -24,8 +24,6 @@ class Flow:
     Args:
         module: The network; in eval mode during the run, its buffers untouched.
         data: Size and channels of the images.
-    Raises:
-        UnsupportedPairError: If what it computes keeps no gradients.
     """
 
     def __init__(self, module: nn.Module, data: DataSpec) -> None:
@@ -34,11 +32,20 @@ class Flow:
         self.run = DryRun(Probe(module, data), lists=True)
         self.calls = self.run.calls
         self._linear: dict[str, bool] = {}
+
+    def check_graph(self) -> None:
+        """Refuse a network of which the dry run kept no graph, so that nothing can be followed in it.
+
+        Raises:
+            UnsupportedPairError: If what it computes keeps no gradients.
+        """
         if all(call.node is None for call in self.calls):
+            failed = self.run.failed
+            why = "switches them off" if failed is None else f"fails where they are on ({failure_of(failed)})"
             raise UnsupportedPairError(
-                f"What {type(module).__name__} computes of its images keeps no gradients: its forward switches them off, or fails "
-                "where they are on; remove that, or use a method that reads taps or logits alone (fitnet, kd)."
-            )
+                f"What {type(self.module).__name__} computes of its images keeps no gradients: its forward {why}; remove that, or "
+                "use a method that reads taps or logits alone (fitnet, kd)."
+            ) from failed
 
     # ------------------------------------------------------------------ what feeds a tap
 
@@ -114,6 +121,7 @@ class Flow:
         # what an ending function takes feeds its output alone, and what follows reads that: one node serves both
         node = call.source if split_path(tap)[1] == "input" else call.node
         if node is None:
+            self.check_graph()
             raise TapError(f"The tap {tap!r} of {type(self.module).__name__} does not depend on the images; name one that does.")
         return node
 

@@ -48,6 +48,7 @@ def inner_widths(flow: Flow) -> dict[str, Width]:
         >>> {path: (w.inputs, w.outputs) for path, w in inner_widths(Flow(net, DataSpec(5, (3, 3)))).items()}
         {'0': (False, True), '1': (True, True), '2': (True, True), '3': (True, False)}
     """
+    flow.check_graph()
     units = {path for path, module in flow.module.named_modules() if _is_unit(module)}
     calls = [call for call in flow.calls if call.path in units and not _lies_within(call.path, units)]
     _check_all_run(flow, {call.path for call in calls})

@@ -133,6 +133,7 @@ class ResNet(Network):
             conv, norm, relu = (f"layer{number}.{depth - 1}.{name}" for name in block.last)
             stages.append(Stage(f"layer{number}", f"{relu}:input", conv, norm, norm, layout="nchw"))
         self.stages = tuple(stages)
+        self._layers = tuple(stage.path for stage in stages)  # stages are the user's to choose; what is computed is not
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
@@ -140,8 +141,8 @@ class ResNet(Network):
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(B, num_classes)`` logits of ``(B, in_channels, H, W)`` images."""
         x = self.relu(self.bn1(self.conv1(images)))
-        for stage in self.stages:
-            x = getattr(self, stage.path)(x)
+        for name in self._layers:
+            x = getattr(self, name)(x)
         logits: Tensor = self.fc(self.pool(x).flatten(1))
         return logits
 

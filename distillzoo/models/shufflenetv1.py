@@ -107,14 +107,15 @@ class ShuffleNetV1(Network):
             stages.append(Stage(f"layer{number}", f"{unit}.relu3:input", conv, norm, norm, layout="nchw"))
             channels = width
         self.stages = tuple(stages)
+        self._layers = tuple(stage.path for stage in stages)  # stages are the user's to choose; what is computed is not
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(B, num_classes)`` logits of ``(B, in_channels, H, W)`` images."""
         x = self.stem_pool(self.relu1(self.bn1(self.conv1(images))))
-        for stage in self.stages:
-            x = getattr(self, stage.path)(x)
+        for name in self._layers:
+            x = getattr(self, name)(x)
         logits: Tensor = self.fc(self.pool(x).flatten(1))
         return logits
 

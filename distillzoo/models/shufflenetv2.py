@@ -122,6 +122,7 @@ class ShuffleNetV2(Network):
             stages.append(Stage(f"layer{number}", linear=f"{branch}.conv3", linear_norm=f"{branch}.bn3", layout="nchw"))
             channels = width
         self.stages = tuple(stages)
+        self._layers = tuple(stage.path for stage in stages)  # stages are the user's to choose; what is computed is not
         self.conv2 = nn.Conv2d(channels, last, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(last)
         self.relu2 = nn.ReLU()
@@ -131,8 +132,8 @@ class ShuffleNetV2(Network):
     def forward(self, images: Tensor) -> Tensor:
         """Return ``(B, num_classes)`` logits of ``(B, in_channels, H, W)`` images."""
         x = self.relu1(self.bn1(self.conv1(images)))
-        for stage in self.stages:
-            x = getattr(self, stage.path)(x)
+        for name in self._layers:
+            x = getattr(self, name)(x)
         x = self.relu2(self.bn2(self.conv2(x)))
         logits: Tensor = self.fc(self.pool(x).flatten(1))
         return logits

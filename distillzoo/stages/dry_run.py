@@ -106,16 +106,19 @@ class DryRun:
     Attributes:
         calls: The calls in the order they ended.
         logits: What the network returned.
+        failed: Why it did not run with gradients on, so that there is no graph; else None.
     """
 
     def __init__(self, probe: Probe, *, lists: bool = False) -> None:
         self.module = probe.module
         self.lists = lists
         self.calls: list[Call] = []
+        self.failed: RuntimeError | None = None
         try:
             with probe.evaluating(), torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):  # noqa: ARG005
                 self.logits = self._record(probe.images.clone().requires_grad_().clone())
-        except RuntimeError:  # a network that only runs without gradients: as a teacher it may
+        except RuntimeError as error:  # a network that only runs without gradients: as a teacher it may
+            self.failed = error.with_traceback(None)  # which would keep the tensors of the run
             self.calls.clear()
             with probe.evaluating():
                 self.logits = self._record(probe.images)

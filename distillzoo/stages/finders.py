@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
@@ -18,6 +19,7 @@ from distillzoo.types import Stage
 
 __all__ = ["classifier_input", "declared_stages", "find_stages", "resolve_stages"]
 
+_PATHS = ("path", "pre", "linear", "linear_norm", "norm")  # of a stage
 _ENOUGH_STAGES = 3
 _MOST_STAGES = 4  # feature_info lists stems as well: of a longer list the last four are the stages
 
@@ -57,10 +59,14 @@ def split_and_get(module: nn.Module, path: str) -> nn.Module:
         ) from None
 
 
-def _check_paths(module: nn.Module, stage: Stage) -> None:
-    for path in (stage.path, stage.pre, stage.linear, stage.linear_norm, stage.norm):
-        if path is not None:
-            split_and_get(module, path)
+def _checked_paths(module: nn.Module, stage: Stage) -> Stage:
+    """The stage with the first path of every module that has several: its calls are known by that."""
+    first = {child: path for path, child in module.named_modules()}
+    paths = {field: path for field in _PATHS if (path := getattr(stage, field)) is not None}
+    for field, path in paths.items():
+        child = split_and_get(module, path)
+        paths[field] = "".join((first.get(child, path.partition(":")[0]), *path.partition(":")[1:]))
+    return replace(stage, **paths)
 
 
 def resolve_stages(
@@ -76,9 +82,7 @@ def resolve_stages(
     Raises:
         TapError: If a path does not exist, what is given is neither paths nor stages, or numbers of stages are left out.
     """
-    named = _named(probe.module, given)
-    for stage in named.values():
-        _check_paths(probe.module, stage)
+    named = {name: _checked_paths(probe.module, stage) for name, stage in _named(probe.module, given).items()}
     items, count = list(named), sum(name.removeprefix("stage").isdigit() for name in named)
     stages = [named.pop(f"stage{number}", None) for number in range(1, count + 1)]
     if not count:
@@ -111,9 +115,7 @@ def find_stages(probe: Probe) -> tuple[Stage, ...]:
     if stages is None:
         found = _from_feature_info(probe) or _from_resolutions(probe)
         stages = tuple(complete_stage(probe.dry_run, stage) for stage in found)
-    for stage in stages:
-        _check_paths(probe.module, stage)
-    return stages
+    return tuple(_checked_paths(probe.module, stage) for stage in stages)
 
 
 def _evenly(items: Sequence[Stage]) -> tuple[Stage, ...]:

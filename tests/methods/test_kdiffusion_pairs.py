@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distillzoo import create_model
+from distillzoo import build_distiller, create_model
 from distillzoo.adapters.bridge import Bridge
 from distillzoo.adapters.reverse import diffusion_amplitudes, draw_noise
 from distillzoo.models import MODELS
 from distillzoo.types import Batch
+from tests.methods import oracles
 from tests.methods.test_kdiffusion import FOREIGN, batch, bridged_inputs, build, train
 
 TOKENS = ("timm/swin_tiny_patch4_window7_224", "timm/vit_small_patch16_224")
@@ -167,3 +168,10 @@ def test_a_step_with_tokens_as_the_teacher_is_finite():
 @pytest.mark.parametrize("student", [*OURS, *FOREIGN])
 def test_a_step_of_every_student_with_tokens_as_the_teacher(student, teacher, guide, layers):
     check_step(student, teacher, 64 if student in FOREIGN else 32, guide=guide, layers=layers)
+
+
+def test_a_teacher_that_switches_gradients_off_teaches_where_its_stages_say_all():
+    teacher = create_model("resnet20", num_classes=5)
+    teacher.forward = torch.no_grad()(teacher.forward)
+    distiller = build_distiller("kdiffusion", create_model("resnet8", num_classes=5), teacher, input_size=16, seed=0)
+    assert distiller(*oracles.tiny_batch()).loss.isfinite()

@@ -161,3 +161,13 @@ def test_compiles_without_graph_breaks(name):
 
 def test_one_channel_images():
     assert create_model("resnet8", num_classes=10, in_channels=1).eval()(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2", "tinycnn_8"])
+def test_a_choice_of_stages_changes_no_logits(name):
+    model = create_model(name, num_classes=5).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        whole = model(images)
+        model.stages = model.stages[1:]
+        assert torch.equal(model(images), whole)
