@@ -90,6 +90,11 @@ class DataSet(Protocol):
         ...
 
 
+def described(title: str, split: SplitName, train: int, evaluation: int) -> str:
+    """Return what captions say of a data set with so many images."""
+    return f"{title}, {train:,} training and {evaluation:,} {'test' if split == 'test' else 'held-out training'} images"
+
+
 @dataclass(frozen=True, eq=False)
 class ResidentDataSet:
     """A data set that fits into the device's memory; it follows :class:`DataSet`.
@@ -143,8 +148,7 @@ class ResidentDataSet:
     @property
     def description(self) -> str:
         """One line for captions."""
-        held = "test" if self.split == "test" else "held-out training"
-        return f"{self.title}, {len(self.train):,} training and {len(self.evaluation):,} {held} images"
+        return described(self.title, self.split, len(self.train), len(self.evaluation))
 
     def train_loader(
         self, batch_size: int, *, seed: int, device: torch.device | str = "cpu", channels_last: bool = False

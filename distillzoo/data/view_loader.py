@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distillzoo.data.arrays import normalise
-from distillzoo.data.base import SplitName
+from distillzoo.data.base import SplitName, described
 from distillzoo.data.class_lists import ClassList
 from distillzoo.data.crops import CropViews
 from distillzoo.errors import OptionError
@@ -176,8 +176,7 @@ class ViewDataSet(ABC, Generic[ImagesT]):
     @property
     def description(self) -> str:
         """One line for captions."""
-        held = "test" if self.split == "test" else "held-out training"
-        return f"{self.title}, {len(self.train):,} training and {len(self.evaluation):,} {held} images"
+        return described(self.title, self.split, len(self.train), len(self.evaluation))
 
     def train_loader(
         self, batch_size: int, *, seed: int, device: torch.device | str = "cpu", channels_last: bool = False
