@@ -23,7 +23,7 @@ from distillzoo.bench.options import parse_options
 from distillzoo.bench.progress import Console
 from distillzoo.bench.series import copy_records, exit_code, series_options, series_parser, write_text
 from distillzoo.bench.yamls import read_yaml
-from distillzoo.data import DataSet
+from distillzoo.data import DataSet, takes_root
 from distillzoo.errors import OptionError
 
 _HERE = Path(__file__).resolve().parent
@@ -48,7 +48,9 @@ class Part:
             table: What the records make.
         """
         body, _, caption = table.rpartition("\n\n")
-        command = f"python benchmarks/run_table.py --data-root DIR {self.options}"
+        recipe = parse_options(shlex.split(self.options)).recipe
+        root = "--data-root DIR " if recipe is not None and takes_root(recipe.dataset) else ""
+        command = f"python benchmarks/run_table.py {root}{self.options}"
         return f"{self.title}\n{'-' * len(self.title)}\n\n{command}\n\n{body}\n\n{textwrap.fill(caption, 120)}\n"
 
 

@@ -200,7 +200,7 @@ def write_section(name: str, options: list[str], view: Table, shelf: Shelf) -> N
     """
     body = section_text(options, view)
     marks, text = shelf.section(name), shelf.readme.read_text(encoding="utf-8")
-    shelf.readme.write_text(marks.sub(lambda found: found[1] + body + found[2], text), encoding="utf-8")
+    series.write_text(shelf.readme, marks.sub(lambda found: found[1] + body + found[2], text))
 
 
 def _own_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

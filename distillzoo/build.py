@@ -73,12 +73,14 @@ def describe_distiller(
 ) -> dict[str, Any]:
     """Return a method's resolved options and weights as plain data, for records: every default filled in.
 
+    Nothing is built, so weights may be listed of terms that the options leave out (KDiffusion's guide): they are without effect.
+
     Args:
         name: As for :func:`build_distiller`.
         weights: As for :func:`build_distiller`.
         options: As for :func:`build_distiller`.
     Raises:
-        OptionError: If an option, a preset or a term does not exist.
+        OptionError: If an option or a preset does not exist, or the method has no such term whatever its options.
     Example:
         >>> describe_distiller("kd", temperature=2.0)["options"]
         {'temperature': 2.0}

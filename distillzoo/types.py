@@ -159,7 +159,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a network: the table that taps, OFD, KDiffusion and GPD read.
+    """One stage of a network: the table that taps, OFD and KDiffusion read.
 
     A *tap path* is a module path as :meth:`torch.nn.Module.get_submodule` takes it and means that module's output;
     ``"path:input"`` means its first positional input (of its last call in a forward, where it is called several times).

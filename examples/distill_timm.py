@@ -40,7 +40,7 @@ from distillzoo.taps import OwnView
 from distillzoo.types import Stage
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
-PAIRS = ("option", "weight", "teacher_option", "student_option")
+PAIRS = ("option", "teacher_option", "student_option")
 
 
 class FailedError(Exception):
@@ -80,7 +80,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--student", required=True, metavar="NAME", help="as timm/mobilenetv3_large_100")
     add("--method", default="kd", metavar="NAME", help="as list_distillers() names them, joined by + composed (default: kd)")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the method; can be repeated")
-    add("--weight", action="append", default=[], metavar="TERM=VALUE", help="weight of a loss term; can be repeated")
+    add(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="TERM=VALUE|PRESET",
+        help="weight of a term; can be repeated",
+    )
     add("--teacher-option", action="append", default=[], metavar="NAME=VALUE", help="option of the network, as img_size=96")
     add("--student-option", action="append", default=[], metavar="NAME=VALUE", help="option of the network, as img_size=96")
     add("--teacher-checkpoint", metavar="FILE", help="trained weights of the teacher, for the classes of the folder")
@@ -94,9 +100,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--weight-decay", type=float, default=1e-4)
     add("--precision", choices=("float32", "bf16"), default="float32")
     add("--crop", type=int, default=224, help="height and width of the images in pixels (default: 224)")
-    add("--teacher-crop", type=int, metavar="PIXELS", help="size at which the teacher sees the crop (default: what it declares)")
-    add("--resize", type=int, help="short side of evaluation images before the middle is cut out (default: 8/7 of --crop)")
-    add("--workers", type=int, help="processes that read images (default: one a processor)")
+    add(
+        "--teacher-crop",
+        type=int,
+        metavar="PIXELS",
+        help="size at which the teacher sees the crop (default: --crop, or the one it takes)",
+    )
+    add(
+        "--resize",
+        type=int,
+        help="short side of evaluation images before the cut (default: 8/7 of --crop; packed: all)",
+    )
+    add("--workers", type=int, help="processes that read images (default: one a processor, at most 16)")
     add("--skip-bad", action="store_true", help="leave image files out that cannot be used")
     add("--seed", type=int, default=0)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -118,6 +133,13 @@ def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[name] = value
     return found
+
+
+def weights_of(given: Sequence[str]) -> dict[str, Any] | str:
+    """Read --weight: numbers by term, or the name of one of the method's presets."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    return pairs(given, "--weight")
 
 
 def saved_config(file: Path) -> dict[str, Any]:
@@ -372,6 +394,7 @@ def run(args: argparse.Namespace) -> None:
         eval_batch_size=args.batch_size,
     )
     args.given = {name: pairs(getattr(args, name), f"--{name.replace('_', '-')}") for name in PAIRS}
+    args.given["weight"] = weights_of(args.weight)
     options, weights = args.given["option"], args.given["weight"]
     data = load_images(args)
     print(f"Data: {data.description}; {data.spec.num_classes} classes.")

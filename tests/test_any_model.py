@@ -150,8 +150,8 @@ def test_wrong_names_stop_the_matrix(capsys):
         ("timm/mobilenetv3_small_050", ("blocks.5", "blocks.5.0.bn1.act:input", "blocks.5.0.bn1", "classifier:input", (288, 2, 2))),
         ("timm/repvgg_a0", ("final_conv", "stages.3.0.act:input", None, "head.fc:input", (1280, 2, 2))),
         ("timm/mobilenetv2_050", ("blocks.6", None, None, "classifier:input", (160, 2, 2))),
-        ("torchvision/squeezenet1_1", ("features", None, None, "classifier.1:input", (512, 3, 3))),
-        ("torchvision/mnasnet0_5", ("layers", "layers.16:input", "layers.15", "classifier.1:input", (1280, 2, 2))),
+        ("torchvision/squeezenet1_1", ("features", None, None, "features.12", (512, 3, 3))),
+        ("torchvision/mnasnet0_5", ("layers", "layers.16:input", "layers.15", "classifier:input", (1280, 2, 2))),
     ],
 )
 def test_convolutional_networks(name, expected):

@@ -180,6 +180,13 @@ def test_the_last_op_of_a_residual_block_is_neither_its_shortcut_nor_its_gate(ga
     assert flow.before_activation(Stage("blocks.0")) == "blocks.0.act:input"
 
 
+def test_maps_of_one_position_do_not_make_a_gate_the_last_op():
+    network = Net(nn.Sequential(Residual(6, 8, gate=True), nn.AdaptiveAvgPool2d(1), Residual(8, 8, gate=True)))
+    assert Flow(network, DATA).linear("blocks.0.2") == "blocks.0.2.conv2"
+    network.blocks[0][2].bn2 = nn.Identity()
+    assert Flow(network, DATA).linear("blocks.0.2") == "blocks.0.2.conv2", "not the shortcut, which has a norm"
+
+
 def test_the_activation_inside_a_norm_is_found_and_a_functional_one_is_not():
     fused = flow_of(nn.Sequential(OwnConv(6, 8), NormAct(8)))
     assert fused.before_activation(Stage("blocks.0")) == "blocks.0.1.act:input"

@@ -127,6 +127,15 @@ def test_an_interrupted_call_goes_on_and_equals_an_unbroken_one(photos, teacher_
     assert (broken / "student.pt2").is_file()
 
 
+def test_a_preset_of_the_method_is_a_weight_too(photos, teacher_file, tmp_path, capsys):
+    assert example.main(tiny(photos, tmp_path / "out", teacher_file, "--weight", "imagenet", epochs=1)) == 0
+    assert "ce=0.5, kd=0.5" in (tmp_path / "out" / "README.md").read_text()
+    capsys.readouterr()
+    assert example.main(tiny(photos, tmp_path / "new", teacher_file, "--weight", "imagenett")) == 2
+    assert "'imagenett'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_packed_images_are_taken_as_such(photos, teacher_file, tmp_path, capsys):
     pack_folder(photos, tmp_path / "packed", short_side=18)
     assert example.main(tiny(tmp_path / "packed", tmp_path / "out", teacher_file, epochs=1)) == 0

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from distillzoo.errors import TapError
 from distillzoo.registry import STAGE_FINDERS
@@ -17,7 +18,7 @@ from distillzoo.stages import (
     resolve_stages,
     split_path,
 )
-from distillzoo.taps import Tapped
+from distillzoo.taps import Tapped, Teacher
 from distillzoo.testing import TinyNet
 from distillzoo.types import DataSpec, Stage
 
@@ -106,6 +107,91 @@ def test_the_classifiers_input_is_found_by_what_it_returns():
 
     head = Convolutional()
     assert classifier_input(Probe(head, DATA)) == "fc:input"
+
+
+class Dropping(Steps):
+    """Has something between what it pools and its classifier."""
+
+    def __init__(self, drop, head=None):
+        super().__init__()
+        self.pool, self.drop = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), drop
+        self.fc = head or self.fc
+
+    def forward(self, x):
+        return self.fc(self.drop(self.pool(self.blocks(self.stem(x)))))
+
+
+@pytest.mark.parametrize(
+    ("drop", "head", "expected"),
+    [
+        (nn.Dropout(), None, "pool.1"),
+        (nn.Dropout(inplace=True), None, "pool.1"),
+        (nn.Identity(), nn.Sequential(nn.Dropout(inplace=True), nn.Linear(4, 5)), "pool.1"),
+        (nn.Dropout(0.0), None, "fc:input"),
+        (nn.Identity(), None, "fc:input"),
+        (nn.ReLU(), nn.Sequential(nn.Dropout(), nn.Linear(4, 5)), "drop"),
+    ],
+)
+def test_what_the_classifier_reads_is_tapped_before_dropout(drop, head, expected):
+    net = Dropping(drop, head).train()
+    tapped = Tapped(net, DATA)
+    assert tapped.path("pooled") == expected
+    tapped.request("pooled")
+    images = Probe(net, DATA).images
+    torch.testing.assert_close(tapped(images).features["pooled"], net.blocks(net.stem(images)).mean((2, 3)).relu())
+
+
+def test_a_dropout_that_is_a_function_is_seen_too():
+    class Functional(Dropping):
+        def forward(self, x):
+            return self.fc(F.dropout(self.pool(self.blocks(self.stem(x))), 0.5, self.training))
+
+    assert classifier_input(Probe(Functional(nn.Identity()), DATA)) == "pool.1"
+
+    class Fails(Functional):
+        def forward(self, x):
+            if self.training:
+                raise RuntimeError
+            return super().forward(x)
+
+    assert classifier_input(Probe(Fails(nn.Identity()), DATA)) == "fc:input", "whether it drops is not known"
+
+
+def test_what_only_looks_like_dropout_is_none():
+    class Halves(Steps):
+        """Two parts of one tensor, read by two heads."""
+
+        def __init__(self):
+            super().__init__()
+            self.proj, self.fc, self.classifier_path = nn.Linear(2, 5), nn.Linear(2, 5), "fc"
+
+        def forward(self, x):
+            one, two = self.blocks(self.stem(x)).mean((2, 3)).chunk(2, 1)
+            return self.proj(one) + self.fc(two)
+
+    assert classifier_input(Probe(Halves(), DATA)) == "fc:input"
+
+    class Auxiliary(Steps):
+        """Pools for a second time in training mode."""
+
+        def __init__(self):
+            super().__init__()
+            self.pool, self.aux = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = self.blocks[:2](self.stem(x))
+            logits = self.fc(self.pool(self.blocks[2](x)))
+            return (logits, self.aux(self.pool(x))) if self.training else logits
+
+    assert classifier_input(Probe(Auxiliary(), DATA)) == "fc:input"
+
+
+def test_looking_for_dropout_leaves_the_images_to_the_others():
+    class Noisy(Dropping):
+        def forward(self, x):
+            return super().forward(x.add_(1.0) if self.training else x)
+
+    Teacher(Noisy(nn.Dropout()), DATA)
 
 
 def test_given_stages_are_numbered_and_gaps_refused():

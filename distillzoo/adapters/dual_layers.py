@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distillzoo.adapters.expansion import DualLayer, DualOp, Mode, emptied, filled, tile
+from distillzoo.adapters.expansion import DualLayer, DualOp, Mode, emptied, tile
 
 __all__ = ["DualBatchNorm", "DualNorm", "dual_layer"]
 
@@ -52,7 +52,7 @@ class DualNorm(DualLayer):
     @torch.no_grad()
     def plain(self) -> nn.Module:
         """Return the narrow norm as a plain one that shares no tensor."""
-        return filled(self.shell, {"weight": self.read("weight"), "bias": self.read("bias")}, {}, train=self.training)
+        return self.filled({"weight": self.read("weight"), "bias": self.read("bias")})
 
 
 class DualBatchNorm(DualNorm):
@@ -106,7 +106,7 @@ class DualBatchNorm(DualNorm):
     def plain(self) -> nn.Module:
         """Return the narrow norm with its own statistics."""
         buffers = {name: getattr(self, name) for name in ("running_mean", "running_var", "num_batches_tracked")}
-        return filled(self.shell, {"weight": self.read("weight"), "bias": self.read("bias")}, buffers, train=self.training)
+        return self.filled({"weight": self.read("weight"), "bias": self.read("bias")}, buffers)
 
 
 def _cumulative_batch_norm(

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DualLayer", "DualOp", "Mode", "emptied", "filled", "pick", "tile"]
+__all__ = ["DualLayer", "DualOp", "Mode", "emptied", "pick", "tile"]
 
 
 class Mode:
@@ -70,11 +71,15 @@ def pick(tensor: Tensor, ratio: int, dims: tuple[int, ...], *, multiply: bool = 
 class DualLayer(nn.Module):
     """What all layers of two widths share: tensors that are held wide and read in either mode.
 
+    A subclass that :meth:`filled` makes plain again keeps in ``shell`` what :func:`emptied` returned.
+
     Args:
         ratio: Width of the wide layer, as a multiple.
         mode: What says which of the two it is now.
         shared: Whether the narrow layer is a slice of the wide one; else it has parameters of its own.
     """
+
+    shell: nn.Module
 
     def __init__(self, ratio: int, mode: Mode, *, shared: bool = True) -> None:
         super().__init__()
@@ -104,6 +109,17 @@ class DualLayer(nn.Module):
             return own
         dims, divided = self._held[name]
         return pick(tensor, self.ratio, dims, multiply=divided)
+
+    def filled(self, parameters: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """Return a plain layer with tensors in it, copied; parameters that are held frozen are frozen there."""
+        layer = copy.deepcopy(self.shell).train(self.training)
+        for name, tensor in parameters.items():
+            held = getattr(self, name, None)  # a weight that is made of branches is not held itself
+            trains = any(each.requires_grad for each in (self.parameters() if held is None else [held]))
+            layer._parameters[name] = None if tensor is None else nn.Parameter(tensor.detach().clone(), trains)
+        for name, tensor in (buffers or {}).items():
+            layer._buffers[name] = tensor.detach().clone()
+        return layer
 
     @torch.no_grad()
     def perturb(self, deviation: float) -> None:
@@ -176,22 +192,10 @@ class DualOp(DualLayer):
     @torch.no_grad()
     def plain(self) -> nn.Module:
         """Return the narrow op as a plain one that shares no tensor; branches are merged into its weight."""
-        return filled(self.shell, {"weight": self.weights(), "bias": self.read("bias")}, {}, train=self.training)
+        return self.filled({"weight": self.weights(), "bias": self.read("bias")})
 
 
 def emptied(layer: nn.Module) -> nn.Module:
-    """Return a copy of a layer that holds no tensor: what it was, for :func:`filled`."""
+    """Return a copy of a layer that holds no tensor: what it was, for :meth:`DualLayer.filled`."""
     tensors = {id(t): None for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))}
     return copy.deepcopy(layer, dict(tensors))  # None stands for every tensor
-
-
-def filled(
-    shell: nn.Module, parameters: dict[str, Tensor | None], buffers: dict[str, Tensor], *, train: bool
-) -> nn.Module:  # fmt: skip
-    """Return a copy of what :func:`emptied` returned with tensors in it, copied as well."""
-    layer = copy.deepcopy(shell).train(train)
-    for name, tensor in parameters.items():
-        layer._parameters[name] = None if tensor is None else nn.Parameter(tensor.detach().clone())
-    for name, tensor in buffers.items():
-        layer._buffers[name] = tensor.detach().clone()
-    return layer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distillzoo.adapters.expansion import DualLayer, Mode, emptied, filled, tile
+from distillzoo.adapters.expansion import DualLayer, Mode, emptied, tile
 from distillzoo.adapters.trials import exact_copies
 
 __all__ = ["DualPerChannel", "per_channel_layer"]
@@ -58,7 +58,7 @@ class DualPerChannel(DualLayer):
     def plain(self) -> nn.Module:
         """Return the narrow module with its own buffers."""
         buffers = {name: getattr(self, name) for name in self._names[1]}
-        return filled(self.shell, {name: self.read(name) for name in self._names[0]}, buffers, train=self.training)
+        return self.filled({name: self.read(name) for name in self._names[0]}, buffers)
 
 
 @torch.no_grad()

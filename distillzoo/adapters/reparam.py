@@ -74,7 +74,8 @@ class Branched(nn.Module):
 
         W' = mean_i s_i W_i with s_i = gamma_i / sqrt(var_i + eps), and so for the bias. The norm keeps an affine map of slope 1
         and shift mean_i (beta_i - s_i mu_i): its running mean is what the folded op's output averages to, and its scale equals
-        its running deviation, so that training can go on from it.
+        its running deviation. The deviation is that of single branches; their mean varies less, by up to sqrt(m) where they are
+        independent, so that in training mode the norm scales its output up by as much, as its statistics come from the batch.
         """
         op, norm = self._first()
         tensors = {name: self._each(f"op.{name}") for name, _ in op.named_parameters()}

@@ -6,16 +6,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distillzoo.bench.changes import changes
-from distillzoo.bench.places import cost_sentence, places_sentence
+from distillzoo.bench.places import cost_sentence, places, places_sentence
 from distillzoo.bench.plan import Cell, Plan, TeacherJob
-from distillzoo.bench.provenance import exports_sentence, teachers_sentence, untold_sentence
+from distillzoo.bench.provenance import commits_sentence, exports_sentence, teachers_sentence, untold_sentence
 from distillzoo.bench.render import Spread
 
 if TYPE_CHECKING:
     from distillzoo.bench.table import Line
 
 __all__ = [
-    "SPREAD_NOTE",
+    "INSIDE_SPREAD",
     "Results",
     "TeacherInfo",
     "accuracy_text",
@@ -30,8 +30,8 @@ __all__ = [
     "table_caption",
 ]
 
-SPREAD_NOTE = "those inside the spread (a 95 % interval of their mean by Student's t holds zero) mean nothing."
-"""When a difference says nothing, as every caption has it."""
+INSIDE_SPREAD = "inside the spread (a 95 % interval of their mean by Student's t holds zero)"
+"""When differences say nothing, as every caption has it."""
 
 Results = Mapping[str, Mapping[str, Any]]
 TeacherInfo = Callable[[TeacherJob], Mapping[str, Any] | None]
@@ -167,8 +167,8 @@ def table_caption(plan: Plan, lines: Sequence[Line]) -> str:
     sentences = [
         f"{data.description} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
         "over seeds.",
-        f"Differences to {baseline_title(plan)} are paired over seeds; {SPREAD_NOTE} The best epoch is chosen "
-        "on the evaluation images and so flatters.",
+        f"Differences to {baseline_title(plan)} are paired over seeds; those marked ns are {INSIDE_SPREAD} and "
+        "mean nothing. The best epoch is chosen on the evaluation images and so flatters.",
         protocol_note(plan, [len(line.last) for line in lines if line.applies]),
         "In brackets: ours less the published figure." if any(line.published and line.last for line in lines) else "",
         *(f"* {label}'s {' and '.join(titles)}: {protocol}." for (label, protocol), titles in starred.items()),
@@ -202,7 +202,7 @@ def pair_caption(
     teacher = (
         f"Teacher {pair.teacher} not made"
         if info is None
-        else f"Teacher {pair.teacher} {info['accuracy']:.2f} % ({info['parameters']:,} parameters)"
+        else f"Teacher {pair.teacher} {info['accuracy']:.2f} % ({info['parameters']:,} parameters{_made(info)})"
     )
     theirs = f", published {', '.join(f'{value:.2f} % ({label})' for label, value in published)}" if published else ""
     sizes = [results[cell.run.id].get("parameters") for cell in cells if cell.run.id in results]
@@ -220,6 +220,14 @@ def pair_caption(
     return " ".join(sentence for sentence in sentences if sentence)
 
 
+def _made(info: Mapping[str, Any]) -> str:
+    """Say where a teacher trained, and that the commit of that is not known; empty of what is not told."""
+    environment = info.get("environment") or {}
+    where = " and then ".join(places(environment))
+    parts = [f"trained on {where}" if where else "", "no commit named" if environment and not environment.get("commit") else ""]
+    return "".join(f"; {part}" for part in parts if part)
+
+
 def record_sentences(cells: Sequence[Cell], results: Results) -> list[str]:
     """Return what records tell besides their figures: teachers, places, cost, exports, and what is not told.
 
@@ -227,7 +235,7 @@ def record_sentences(cells: Sequence[Cell], results: Results) -> list[str]:
         cells: The cells.
         results: Results by run id.
     """
-    sentences = (teachers_sentence, places_sentence, cost_sentence, exports_sentence, untold_sentence)
+    sentences = (teachers_sentence, places_sentence, cost_sentence, exports_sentence, commits_sentence, untold_sentence)
     return [said for sentence in sentences if (said := sentence(cells, results))]
 
 

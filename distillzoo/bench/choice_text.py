@@ -9,7 +9,7 @@ from typing import Any
 
 from distillzoo.bench.choice import Choice, Search
 from distillzoo.bench.places import cost_sentence, places_sentence
-from distillzoo.bench.provenance import untold_sentence
+from distillzoo.bench.provenance import commits_sentence, teachers_sentence, untold_sentence
 from distillzoo.bench.recipe import Pair
 from distillzoo.bench.render import as_text
 from distillzoo.bench.rows import TABLES, load_table
@@ -47,7 +47,8 @@ def table_text(search: Search, choices: Sequence[Choice]) -> str:
     results = {run_id: result for choice in choices for run_id, result in choice.results.items()}
     where = [places_sentence(choice.cells, results) for choice in choices]
     everyone = [cell for choice in choices for cell in choice.cells]
-    sentences = [said, *where, cost_sentence(everyone, results), untold_sentence(everyone, results)]
+    told = (teachers_sentence, cost_sentence, commits_sentence, untold_sentence)
+    sentences = [said, *where, *(sentence(everyone, results) for sentence in told)]
     return f"{as_text(header, lines)}\n\n{textwrap.fill(' '.join(filter(None, map(str.strip, sentences))), 120)}"
 
 

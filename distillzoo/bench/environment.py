@@ -22,12 +22,13 @@ __all__ = ["COMMIT_VARIABLE", "begun", "check_commit", "describe_environment", "
 COMMIT_VARIABLE = "DISTILLZOO_COMMIT"
 """Environment variable that names the commit where git cannot tell."""
 
-_OF_A_CALL = ("date", "commit", "dirty", "device", "gpu", "cpu", "threads")
+_OF_A_CALL = ("date", "commit", "dirty", "device", "gpu", "cpu", "threads", "settings", "nice")
+_SETTINGS = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_CONF", "OMP_PROC_BIND", "KMP_AFFINITY")
 _PACKAGES = ("distillzoo", "torch", "torchvision", "timm", "numpy", "scikit-learn")
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Return versions, device, threads, processor, commit and date as plain data.
+    """Return versions, device, threads, processor, what else decides speed, commit and date as plain data.
 
     Args:
         device: Where is trained.
@@ -43,6 +44,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
+        "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
+        "nice": os.nice(0) if hasattr(os, "nice") else None,
         "commit": commit,
         "dirty": dirty,
     }

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from distillzoo.bench.progress import Console
 from distillzoo.bench.recipe import Pair, Recipe, apply_override, find_recipe, load_recipe, make_recipe
 from distillzoo.bench.rows import merge_weights
-from distillzoo.bench.sweep import Axis, is_recipe_path, parse_axis
+from distillzoo.bench.sweep import RECIPE_SCALARS, Axis, is_recipe_path, parse_axis
 from distillzoo.bench.yamls import parse_scalar
 from distillzoo.data import CLASS_LISTS, DATASETS
 from distillzoo.errors import OptionError, unknown_name
@@ -26,7 +26,7 @@ _ALLOWED = {
     "teacher_head": ("own", "slice"),
     "split": ("test", "heldout"),
 }
-_DOTTED = re.compile(r"--([A-Za-z_][\w+]*(?:\.[\w+*]+)+)(?:=(.*))?", re.DOTALL)
+_DOTTED = re.compile(rf"--([A-Za-z_][\w+]*(?:\.[\w+*/-]+)+|{'|'.join(RECIPE_SCALARS)})(?:=(.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)

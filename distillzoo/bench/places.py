@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distillzoo.bench.plan import Cell
-from distillzoo.bench.provenance import named_rows
+from distillzoo.bench.provenance import calls_of, named_rows
 
 __all__ = ["cost_sentence", "places", "places_sentence"]
 
@@ -17,9 +18,7 @@ def places(environment: Mapping[str, Any]) -> tuple[str, ...]:
     Args:
         environment: The run's ``env.json``; nothing is said of what it does not tell.
     """
-    calls = environment.get("calls")
-    found = [call for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else [environment]
-    return tuple(dict.fromkeys(_place(call) for call in found if call.get("gpu") or call.get("threads")))
+    return tuple(dict.fromkeys(_place(call) for call in calls_of(environment) if call.get("gpu") or call.get("threads")))
 
 
 def _place(call: Mapping[str, Any]) -> str:
@@ -83,9 +82,15 @@ def cost_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]
     speeds = [where["group_images_per_second"] for where in groups.values()]
     told = dict.fromkeys(place for cell in own for place in places(results[cell.run.id].get("environment") or {}))
     rows = f"{' or '.join(map(str, sizes))} row{'s' if sizes != [1] else ''} on one teacher pass"
-    speed = f"{_range(speeds, '.0f')} images/s for each row"
+    turns = "" if sizes == [1] else ", all rows taking turns"
+    speed = f"{_range(speeds, '.0f')} images/s for each row{turns}"
     beside = "evaluation, checkpoints and epochs that were interrupted come on top"
-    return f"Training took {_range(minutes, '.1f')} minutes for a group of {rows}, {speed}, on {', '.join(told)}; {beside}."
+    set_by = Counter(f"{name}={value}" for where in groups.values() for name, value in (where.get("settings") or {}).items())
+    whole = len(groups)
+    said = [text if number == whole else f"{text} in {number} of {whole} groups" for text, number in set_by.items()]
+    settings = f" with {', '.join(said)}" if said else ""
+    where = f"on {', '.join(told)}{settings}"
+    return f"Training took {_range(minutes, '.1f')} minutes for a group of {rows}, {speed}, {where}; {beside}."
 
 
 def _done(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[Cell]:

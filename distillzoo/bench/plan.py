@@ -68,6 +68,7 @@ class Run:
         data: What it is trained on.
         teacher: Its teacher; ``None`` if the method reads none.
         taps: Tap paths by network name, in place of those that are found.
+        data_options: Options of the data set that decide what is trained on: for whoever has the records and not the images.
     """
 
     id: str
@@ -79,6 +80,7 @@ class Run:
     data: DataSet = field(repr=False)
     teacher: TeacherJob | None
     taps: dict[str, list[str]] = field(default_factory=dict, repr=False)
+    data_options: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -262,4 +264,4 @@ def _run(recipe: Recipe, row: Row, pair: Pair, seed: int, teacher: TeacherJob) -
     }
     if taps:
         identity["taps"] = taps
-    return Run(content_id(identity), identity, row, pair, seed, config, teacher.data, own_teacher, recipe.taps)
+    return Run(content_id(identity), identity, row, pair, seed, config, teacher.data, own_teacher, recipe.taps, recipe.data_options)

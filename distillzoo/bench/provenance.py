@@ -7,7 +7,17 @@ from typing import Any
 
 from distillzoo.bench.plan import Cell
 
-__all__ = ["exports_sentence", "named_rows", "teachers_sentence", "untold_sentence"]
+__all__ = ["calls_of", "commits_sentence", "exports_sentence", "named_rows", "teachers_sentence", "untold_sentence"]
+
+
+def calls_of(environment: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what a run's ``env.json`` tells of the calls that trained it: of a record from before calls were written it is one.
+
+    Args:
+        environment: The run's ``env.json``.
+    """
+    calls = environment.get("calls")
+    return [call for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else [environment]
 
 
 def exports_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -29,20 +39,47 @@ def exports_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, A
     return f"Accuracies are of the networks as they trained; exported, those of {rows} differ by up to {worst:.2f} points."
 
 
-def untold_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Say how many records name no commit of their code, or no digest of their teacher's weights; empty if all do.
+def commits_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say by which commits of the code the runs trained, where there are several, and where the code differed from its commit.
 
     Args:
         cells: Cells that are compared.
         results: Results by run id, each with its ``environment``.
     """
-    known = {cell.run.id: results[cell.run.id] for cell in cells if results.get(cell.run.id, {}).get("environment")}
+    environments = {cell.run.id: results[cell.run.id].get("environment") or {} for cell in cells if cell.run.id in results}
+    calls = {run_id: calls_of(found) for run_id, found in environments.items()}
+    trained = {run_id: dict.fromkeys(str(call["commit"]) for call in made if call.get("commit")) for run_id, made in calls.items()}
+    commits = dict.fromkeys(commit for own in trained.values() for commit in own)
+    several = sum(len(own) > 1 for own in trained.values())
+    dirty = sum(any(call.get("dirty") for call in made) for made in calls.values())
+    said = []
+    if len(commits) > 1:
+        both = f", {several} of the {len(trained)} runs by more than one of them" if several else ""
+        said.append(f"The code is of {len(commits)} commits ({', '.join(commit[:7] for commit in commits)}){both}.")
+    if dirty:
+        said.append(f"In {dirty} of {len(trained)} runs it differed from its commit.")
+    return " ".join(said)
+
+
+def untold_sentence(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say how many records name no commit, no digest of their teacher's weights, or no exported accuracy; empty if all do.
+
+    A record whose ``env.json`` is gone names no commit.
+
+    Args:
+        cells: Cells that are compared.
+        results: Results by run id, each with its ``environment``.
+    """
+    known = {cell.run.id: results[cell.run.id] for cell in cells if cell.run.id in results}
     taught = [result["teacher"] for result in known.values() if result.get("teacher")]
-    commits = sum(not result["environment"].get("commit") for result in known.values())
+    commits = sum(not (result.get("environment") or {}).get("commit") for result in known.values())
     digests = sum("sha256" not in teacher for teacher in taught)
+    done = [result for result in known.values() if result.get("status", "done") == "done"]
+    exported = sum("exported_accuracy" not in result for result in done)
     counts = {
         "commit of their code": (commits, len(known)),
         "digest of their teacher's weights": (digests, len(taught)),
+        "accuracy of the exported student": (exported, len(done)),
     }
     said = [f"{number} of {whole} records name no {what}" for what, (number, whole) in counts.items() if number]
     return f"{'; '.join(said)}." if said else ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from distillzoo.bench.checks import check_keys, check_list, plain, refuse_objects, typed_fields
@@ -138,6 +139,17 @@ class Recipe:
         """Return how a teacher of this name is trained."""
         return _overridden(self.teacher, self.teacher_overrides, model)
 
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """Options of the data set that decide what is trained on, every default filled in; of files the names.
+
+        How files are read is not among them.
+        """
+        known = inspect.signature(DATASETS[self.dataset]).parameters
+        options = {name: given.default for name, given in known.items() if given.default is not given.empty} | self.data
+        kept = {key: plain(value) for key, value in options.items() if key not in _SET_APART and f"data.{key}" not in _NEUTRAL}
+        return {key: PurePath(value).name if isinstance(value, str) else value for key, value in kept.items()}
+
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data, as :func:`make_recipe` takes it."""
         return {key: plain(value) for key, value in asdict(self).items()}
@@ -234,9 +246,15 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe file.
 
     Raises:
-        OptionError: If it is not valid.
+        OptionError: If it is not valid, or another recipe under a built-in one's name.
     """
     recipe = make_recipe(read_yaml(path), f"The recipe {path.stem!r}")
+    own = _FOLDER / f"{recipe.name}.yaml"
+    if own.is_file() and path.resolve() != own.resolve() and recipe != make_recipe(read_yaml(own)):
+        raise OptionError(
+            f"The recipe file {path.name!r} has the name of a built-in recipe, {recipe.name!r}, and other fields than it, so that "
+            "captions would call it by a protocol that it is not; give it a name of its own."
+        )
     return replace(recipe, original=replace(recipe, original={}).as_dict())
 
 

@@ -13,7 +13,7 @@ from distillzoo.bench.plan import Plan
 from distillzoo.bench.recipe import Recipe
 from distillzoo.bench.records import canonical_json
 from distillzoo.data import SplitName
-from distillzoo.errors import DataError
+from distillzoo.errors import DataError, OptionError
 from distillzoo.types import DataSpec, Loader
 
 __all__ = ["RecordedDataSet", "recorded_data", "several_sets", "unused_records"]
@@ -84,6 +84,8 @@ class RecordedDataSet:
 
 def recorded_data(root: Path, recipe: Recipe) -> RecordedDataSet | None:
     """Return the data set that the records of a folder were made with; ``None`` unless there is exactly one that fits.
+
+    It fits if it was loaded with the recipe's options; of records from before these were written nothing is known.
 
     Args:
         root: Folder of the records.
@@ -160,8 +162,9 @@ def _recorded_sets(root: Path, recipe: Recipe) -> dict[tuple[str, str], list[str
     for _, result in _finished(root):
         data = result["identity"]["data"]
         try:
-            if (data["name"], data["split"]) == (_name(recipe), recipe.split):
+            same = canonical_json(result.get("data_options", recipe.data_options)) == canonical_json(recipe.data_options)
+            if same and (data["name"], data["split"]) == (_name(recipe), recipe.split):
                 found.setdefault((str(data["digest"]), str(data["augment"])), []).append(str(result["data"]))
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, OptionError):
             continue
     return found

@@ -91,7 +91,7 @@ class Record:
             left_over.unlink(missing_ok=True)
         (self.path / REFUSED).unlink(missing_ok=True)  # an earlier code refused what this one trains
         self.write_text("recipe.yaml", dump_yaml(dict(recipe)))
-        self.write_json("env.json", environment)
+        self.write_environment(environment)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file atomically."""
@@ -135,6 +135,10 @@ class Record:
     def _check_folder(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RecordError("it is a file where a folder should be")
+
+    def write_environment(self, environment: Mapping[str, object]) -> None:
+        """Write where and how fast the run was made, with a checksum of its own: two equal runs have equal results."""
+        self.write_json("env.json", {**environment, "checksum": content_id(environment)})
 
     def finish(self, result: Mapping[str, object]) -> None:
         """Write the result with the digests of the other files, last of all, and drop the checkpoint."""
@@ -256,12 +260,16 @@ class RecordStore:
 
     @staticmethod
     def environment(record: Record) -> dict[str, Any]:
-        """Return where and how fast a record was made; nothing where that is not known: it decides no number."""
+        """Return where and how fast a record was made, which decides no number; nothing where it is not known or changed by hand.
+
+        Records from before the file had a checksum are taken as they are.
+        """
         try:
             found = json.loads((record.path / "env.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            body = {key: value for key, value in found.items() if key != "checksum"}
+            return body if found.get("checksum") in (None, content_id(body)) else {}
+        except (OSError, ValueError, RecursionError, AttributeError, OptionError):
             return {}
-        return found if isinstance(found, dict) else {}
 
     def checkpoint(self, record: Record) -> dict[str, Any] | None:
         """Return an unfinished record's state; a damaged record is set aside and counts as absent."""

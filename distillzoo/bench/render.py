@@ -11,6 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 __all__ = ["Spread", "as_csv", "as_markdown", "as_text"]
 
 
+_ALIKE = 1e-9
+"""Deviation that differences of equal accuracies have by rounding."""
+
+
 class Spread:
     """Mean and sample standard deviation of some values.
 
@@ -38,12 +42,21 @@ class Spread:
 
     @property
     def holds_zero(self) -> bool:
-        """Whether a 95 % interval of the mean by Student's t (n - 1 degrees of freedom) holds zero; of one value it does."""
-        if self.mean is None or self.sd is None:
+        """Whether a 95 % interval of the mean by Student's t (n - 1 degrees of freedom) holds zero.
+
+        Of one value it does, and of values that are all alike: accuracies are multiples of one image's share, and their spread is
+        not known to be less than that.
+        """
+        if self.mean is None or self.sd is None or self.sd < _ALIKE:
             return True
         from scipy.stats import t as student_t  # takes a second to import
 
         return abs(self.mean) <= float(student_t.ppf(0.975, self.n - 1)) * self.sd / math.sqrt(self.n)
+
+    @property
+    def difference(self) -> str:
+        """The values as differences: signed, and ``ns`` in front where their mean has an interval and it holds zero."""
+        return f"{'ns ' if self.n > 1 and self.holds_zero else ''}{self.text(signed=True)}"
 
     def text(self, *, signed: bool = False) -> str:
         """Write ``mean ± sd``; ``-`` stands for what one value, or none, does not give."""

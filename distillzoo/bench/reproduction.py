@@ -130,7 +130,7 @@ class Comparison:
         if self.differences.n:
             return ""
         if self.row.last.keys() & self.other.last.keys():
-            return "taught by different trainings of the teacher"
+            return "of different trainings of the teacher, devices or numbers of threads"
         return self.gaps or "not there yet"
 
     @property

@@ -19,6 +19,7 @@ TABLES = Path(__file__).with_name("tables")
 """The folder of the table files that come with the package."""
 
 _TABLE_FIELDS = ("title", "baseline", "rows", "published", "note")
+_DEFAULTS = "the methods' defaults"
 _ROW_FIELDS = ("title", "method", "options", "weights", "pairs", "source", "extra")
 
 
@@ -269,4 +270,4 @@ def _registered(name: str, rows: Mapping[str, Row]) -> Row:
 
 def _plain_row(name: str) -> Row:
     """Return the row of a method that the table does not list, under the paper's spelling of its name."""
-    return Row(name, " + ".join(cls.__name__ for cls in resolve_distiller(name).values()), name)
+    return Row(name, " + ".join(cls.__name__ for cls in resolve_distiller(name).values()), name, source=_DEFAULTS)

@@ -115,7 +115,11 @@ class SerialRunner:
             TimeIsUp: When the deadline is over.
         """
         jobs = {group.teacher.id: group.teacher for group in groups if group.teacher is not None}
-        missing = [job for job in jobs.values() if self.teachers.find(job) is None]
+        stored = {job.id: self.teachers.find(job) for job in jobs.values()}
+        for found in filter(None, stored.values()):
+            if self.teachers.is_kept(found):
+                self.console.say(f"Teacher {found.name}: {found.accuracy:.2f} %, the one kept in {found.path.parent}.")
+        missing = [job for job in jobs.values() if stored[job.id] is None]
         costs = _Costs()
         total = sum(costs.teacher(job) for job in missing) + sum(costs.group(group) for group in groups)
         meter = Meter(self.console, total, self.deadline)
@@ -199,8 +203,7 @@ class SerialRunner:
         record.write_metrics([metrics_line(report) for report in result.history])
         seconds = sum(report.seconds for report in result.history)
         images = (run.data.spec.num_samples or 0) * len(result.history)
-        record.write_json(
-            "env.json",
+        record.write_environment(
             {
                 **where,
                 "group_seconds": round(seconds, 3),
@@ -227,6 +230,7 @@ class SerialRunner:
                 "parameters": None if student is None else count_parameters(student.network),
                 "teacher": teacher if run.teacher is not None else None,
                 "data": run.data.description,
+                "data_options": run.data_options,
                 **describe_classes(run.data),
             }
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distillzoo.bench.captions import SPREAD_NOTE, Results, protocol_note, record_sentences
+from distillzoo.bench.captions import INSIDE_SPREAD, Results, protocol_note, record_sentences
 from distillzoo.bench.checks import check_list
 from distillzoo.bench.plan import Cell, Plan
 from distillzoo.bench.recipe import Recipe, apply_override
@@ -17,10 +17,11 @@ from distillzoo.bench.table import Line, make_line
 from distillzoo.bench.yamls import parse_scalar
 from distillzoo.errors import OptionError
 
-__all__ = ["Axis", "SweepView", "is_recipe_path", "method_override", "parse_axis", "sweep_points", "sweep_rows"]
+__all__ = ["RECIPE_SCALARS", "Axis", "SweepView", "is_recipe_path", "method_override", "parse_axis", "sweep_points", "sweep_rows"]
 
 _RECIPE_PARTS = ("student", "teacher", "data")
-_RECIPE_SCALARS = ("teacher_seed", "teacher_storage")
+RECIPE_SCALARS = ("teacher_seed", "teacher_storage")
+"""Fields of a recipe that are set and swept by their bare names: they have no parts and no option of their own."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Axis:
 
 def is_recipe_path(path: str) -> bool:
     """Return whether a dotted path is a recipe field; other paths begin with a method."""
-    return path.split(".", 1)[0] in (*_RECIPE_PARTS, *_RECIPE_SCALARS)
+    return path.split(".", 1)[0] in (*_RECIPE_PARTS, *RECIPE_SCALARS)
 
 
 def parse_axis(text: str) -> Axis:
@@ -59,7 +60,7 @@ def parse_axis(text: str) -> Axis:
     """
     path, equals, listed = text.partition("=")
     path = path.strip()
-    if not equals or not path or ("." not in path and path not in _RECIPE_SCALARS):
+    if not equals or not path or ("." not in path and path not in RECIPE_SCALARS):
         raise OptionError(f"--sweep is written METHOD.option=v1,v2 or student.lr=v1,v2; got {text!r}.")
     parts = [part.strip() for part in listed.split(",")]
     if "" in parts:
@@ -178,7 +179,8 @@ class SweepView:
         described = "; ".join(dict.fromkeys(cell.run.data.description for cell in self.plan.cells))
         return (
             f"{described} (split: {data.split}); top-1 accuracy in per cent after the last epoch, mean ± standard deviation "
-            f"over seeds. Differences between rows are paired over seeds; {SPREAD_NOTE} {chosen} {protocol_note(self.plan, counts)}"
+            f"over seeds. Differences between rows are paired over seeds; those {INSIDE_SPREAD} mean nothing. {chosen} "
+            f"{protocol_note(self.plan, counts)}"
             f"{''.join(f' {sentence}' for sentence in record_sentences(self.plan.cells, self.results))}"
         )
 

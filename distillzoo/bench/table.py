@@ -16,6 +16,7 @@ from distillzoo.bench.captions import (
     pair_caption,
     table_caption,
 )
+from distillzoo.bench.places import places
 from distillzoo.bench.plan import Cell, Plan
 from distillzoo.bench.recipe import Pair
 from distillzoo.bench.render import Spread, as_csv, as_markdown, as_text
@@ -42,6 +43,7 @@ class Line:
         applies: Whether the method works on the pair.
         runs: Ids of its runs by seed; rows that read no teacher share theirs between pairs.
         teachers: Digest of the teacher's weights by seed, as far as records tell; rows that read none have none.
+        places: Where it trained by seed, as :func:`~distillzoo.bench.places.places` says it, as far as records tell.
     """
 
     row: Row
@@ -55,13 +57,21 @@ class Line:
     applies: bool = True
     runs: Mapping[int, str] = field(default_factory=dict)
     teachers: Mapping[int, str] = field(default_factory=dict)
+    places: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def less(self, other: Line) -> dict[int, float]:
-        """Return this row less another by seed, for the seeds that both have; two trainings of one teacher make no pair."""
+        """Return this row less another by seed, for the seeds that both have.
+
+        Two trainings of one teacher make no pair, and neither do runs on different devices or numbers of threads.
+        """
+
+        def alike(one: Mapping[int, object], two: Mapping[int, object], seed: int) -> bool:
+            return seed not in one or seed not in two or one[seed] == two[seed]
+
         return {
             seed: value - other.last[seed]
             for seed, value in self.last.items()
-            if seed in other.last and len({known[seed] for known in (self.teachers, other.teachers) if seed in known}) < 2
+            if seed in other.last and alike(self.teachers, other.teachers, seed) and alike(self.places, other.places, seed)
         }
 
     @property
@@ -165,7 +175,7 @@ class Table:
                     line.row.title,
                     line.accuracy,
                     best.text() if best.n else "-",
-                    "-" if line.row.name == self.baseline_name else against.text(signed=True),
+                    "-" if line.row.name == self.baseline_name else against.difference,
                     line.count(),
                     *(line.beside(label) for label in sources),
                 ]
@@ -208,6 +218,9 @@ class Table:
             "best_sd": best.sd,
             f"vs_{self.baseline_name}_mean": against.mean,
             f"vs_{self.baseline_name}_sd": against.sd,
+            f"vs_{self.baseline_name}_ns": None
+            if against.sd is None or line.row.name == self.baseline_name
+            else against.holds_zero,
             **{f"last_seed_{seed}": value for seed, value in line.last.items()},
             **{f"last_seed_{seed}": state for seed, state in line.ended.items()},
             **{f"published_{label}": value for label, value in line.published},
@@ -255,6 +268,7 @@ def make_line(plan: Plan, own: Sequence[Cell], results: Results, reasons: Mappin
         reasons: Why a run has no result, by run id.
     """
     row, last = own[0].row, figures_by_seed(own, results, "last_accuracy")
+    trained = {cell.seed: places(results.get(cell.run.id, {}).get("environment") or {}) for cell in own}
     taught = {cell.seed: (results.get(cell.run.id, {}).get("teacher") or {}).get("sha256") for cell in own}
     return Line(
         row,
@@ -267,4 +281,5 @@ def make_line(plan: Plan, own: Sequence[Cell], results: Results, reasons: Mappin
         applies=bool(last) or not any(cell.run.id in reasons for cell in own),
         runs={cell.seed: cell.run.id for cell in own},
         teachers={seed: digest for seed, digest in taught.items() if digest is not None},
+        places={seed: found for seed, found in trained.items() if found},
     )

@@ -150,16 +150,34 @@ class TeacherStore:
     def describe(self, job: TeacherJob, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
         """Return what is known of a teacher: what the records of its students say, else the stored one, else a kept manifest.
 
+        With it comes the ``environment`` in which it was trained, where the project keeps the record of that: a table says the same
+        whether it is made where its teacher was trained or from records that were copied.
+
         Args:
             job: The teacher.
             results: Results by run id.
         """
         told = (result.get("teacher") for result in results.values())
         taught: Mapping[str, Any] | None = next((teacher for teacher in told if teacher and teacher["id"] == job.id), None)
-        if taught is not None:
-            return taught
-        found = self.find(job) or self._kept.get(job.id)
-        return None if found is None else found.describe()
+        if taught is None:
+            found = self.find(job) or self._kept.get(job.id)
+            taught = None if found is None else found.describe()
+        return None if taught is None else {**taught, "environment": self._environment(job, taught.get("sha256"))}
+
+    def _environment(self, job: TeacherJob, sha256: str | None) -> dict[str, Any]:
+        """Return ``env.json`` of the training that made these weights; empty if it is not kept, or they were not trained here."""
+        for record in () if job.imported or sha256 is None else (Record(root / job.id, "manifest.json") for root in self.committed):
+            try:
+                manifest = record.read_result()
+            except RecordError:  # said where its weights are wanted
+                continue
+            if manifest is not None and manifest["sha256"] == sha256:
+                return self.store.environment(record)
+        return {}
+
+    def is_kept(self, found: StoredTeacher) -> bool:
+        """Return whether a teacher lies in one of the folders that are only read, and not in the output folder."""
+        return found.path.parent.parent in self.committed
 
     def load(self, job: TeacherJob) -> nn.Module:
         """Return the stored teacher's network."""
@@ -244,7 +262,7 @@ class TeacherStore:
             images = (job.data.spec.num_samples or 0) * len(result.history)
             speed = {"seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1) if seconds else None}
             where = ended(describe_environment(device), environment, len(result.history))
-            record.write_json("env.json", {**where, **speed})
+            record.write_environment({**where, **speed})
             figures = {
                 "trained_accuracy": result.last_accuracy,
                 "best_accuracy": result.best_accuracy,

@@ -2,7 +2,7 @@
 
 from distillzoo.data import cifar100, digits, folder, imagenet100, packed, synthetic  # noqa: F401 - this registers them
 from distillzoo.data.arrays import Augment, Split, crop_flip, normalise
-from distillzoo.data.base import DATASETS, SPLITS, DataSet, ResidentDataSet, SplitName, load_dataset, training_spec
+from distillzoo.data.base import DATASETS, SPLITS, DataSet, ResidentDataSet, SplitName, load_dataset, takes_root, training_spec
 from distillzoo.data.class_lists import CLASS_LISTS, ClassList, find_class_list, imagenet_rows, imagenet_wnids
 from distillzoo.data.crops import CropViews, resize_each
 from distillzoo.data.folder import FolderDataSet, folder_from_tree
@@ -35,5 +35,6 @@ __all__ = [
     "pack_folder",
     "read_tree",
     "resize_each",
+    "takes_root",
     "training_spec",
 ]

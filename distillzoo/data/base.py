@@ -18,7 +18,7 @@ from distillzoo.errors import DataError, OptionError, unknown_name
 from distillzoo.registry import Registry
 from distillzoo.types import DataSpec, Loader
 
-__all__ = ["DATASETS", "SPLITS", "DataSet", "ResidentDataSet", "SplitName", "load_dataset", "training_spec"]
+__all__ = ["DATASETS", "SPLITS", "DataSet", "ResidentDataSet", "SplitName", "load_dataset", "takes_root", "training_spec"]
 
 SplitName = Literal["test", "heldout"]
 SPLITS: tuple[SplitName, ...] = ("test", "heldout")
@@ -189,6 +189,17 @@ def training_spec(train: Split, num_classes: int, mean: tuple[float, ...], std: 
     """
     _, height, width, _ = train.images.shape
     return DataSpec(num_classes, (height, width), mean, std, num_samples=len(train), targets=train.targets)
+
+
+def takes_root(name: str) -> bool:
+    """Return whether a data set reads files, so that their folder is to be named.
+
+    Args:
+        name: Registered name.
+    Raises:
+        UnknownNameError: If there is no such data set.
+    """
+    return "root" in inspect.signature(DATASETS[name]).parameters
 
 
 def load_dataset(

@@ -36,7 +36,7 @@ class FolderDataSet(ViewDataSet[Listing]):
         train: The training subset.
         evaluation: The images of the split.
         class_list: Classes of ImageNet that were chosen, where they were.
-        workers: Processes that read images; ``None`` takes as many as there are processors.
+        workers: Processes that read images; ``None`` takes as many as there are processors, at most 16.
     """
 
     workers: int | None = field(default=None, kw_only=True)
@@ -85,10 +85,11 @@ def folder(
         split: What networks are evaluated on; ``"heldout"`` holds a tenth of the training images out, of every class as many,
             always the same.
         crop: Height and width of the images in pixels.
-        resize: Short side of evaluation images, in pixels, before the middle is cut out; ``None`` is 8/7 of ``crop``: 256 for 224.
+        resize: Short side of evaluation images, in pixels, before the middle is cut out; ``None`` is 8/7 of ``crop``: 256 for 224;
+            of packed images it is their own short side, and no other is possible.
         mean: Mean of each channel of images scaled to 0..1; ``None`` is ImageNet's.
         std: Standard deviation of each channel; ``None`` is ImageNet's.
-        workers: Processes that read images; ``None`` takes as many as there are processors. It does not change the images.
+        workers: Processes that read images; ``None`` takes one a processor, at most 16. It does not change the images.
         skip_bad: Whether to leave out files that cannot be used, which are found by decoding all once; otherwise one is an error.
             Packed images were looked at when they were packed.
         packed: Whether ``root`` is a packed folder: another protocol, under the name ``folder_packed``.

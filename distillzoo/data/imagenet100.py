@@ -54,10 +54,11 @@ def imagenet100(
         class_list: ``"cmc"``, ``"first100"``, ``"seed1993"``, or a file; see :func:`~distillzoo.data.class_lists.find_class_list`.
         allow_missing_classes: Whether to go on with a copy that lacks classes, or images of a list whose numbers are known.
         crop: Height and width of the images in pixels.
-        resize: Short side of evaluation images, in pixels, before the middle is cut out; ``None`` is 8/7 of ``crop``: 256 for 224.
+        resize: Short side of evaluation images, in pixels, before the middle is cut out; ``None`` is 8/7 of ``crop``: 256 for 224;
+            of packed images it is their own short side, and no other is possible.
         mean: Mean of each channel of images scaled to 0..1; ``None`` is ImageNet's.
         std: Standard deviation of each channel; ``None`` is ImageNet's.
-        workers: Processes that read images; ``None`` takes as many as there are processors. It does not change the images.
+        workers: Processes that read images; ``None`` takes one a processor, at most 16. It does not change the images.
         skip_bad: Whether to leave out files that cannot be used; otherwise one is an error.
         packed: Whether ``root`` is a packed folder: another protocol, under the name ``imagenet100_packed``.
         verify: Whether to compare a packed folder's digests; see the data set ``packed``.

@@ -18,12 +18,13 @@ from distillzoo.streams import Stream, forked_generator
 from distillzoo.taps.recording import ActivationHook, ActivationWatch, InputHook, OutputHook, Recorder
 from distillzoo.types import DataSpec
 
-__all__ = ["LastFunction", "is_linear_op", "last_function", "reaches_by_addition", "same", "same_function", "watch"]
+__all__ = ["LastFunction", "grows_with", "is_linear_op", "last_function", "reaches_by_addition", "same", "same_function", "watch"]
 
 _TOLERANCE = 1e-3  # relative, of single-precision sums over a layer's inputs
 _DOUBLE_TOLERANCE = 1e-6  # relative, of what a whole network makes of another order of sums in double precision
 _DRAWS = Stream.named(0, "dataflow", "training")
 _TRIALS = 4  # runs in training mode where something is drawn: one on which nothing is dropped tells little
+_FAR = 1e3  # times the largest value: every gate is open or shut there
 _ULPS = 8  # a few additions err by fewer; 1 / sqrt(1 + 1e-5), a fresh norm's slope, by more than forty
 
 
@@ -110,6 +111,23 @@ def reaches_by_addition(module: nn.Module, data: DataSpec, source: str, tap: str
             return False
         first = before
     return True
+
+
+@torch.no_grad()
+def grows_with(module: nn.Module, data: DataSpec, source: str, tap: str) -> bool:
+    """Whether what arrives at a tap grows on and on with what a module returns; what a gate returns saturates.
+
+    Args:
+        module: The network.
+        data: Size and channels of the images.
+        source: Module path of what is moved.
+        tap: Tap path of what is watched.
+    """
+    probe = Probe(module, data)
+    at_source, before = watch(probe, source, tap)
+    shift = _FAR * at_source.abs().max().clamp_min(1.0) * _draw(at_source.shape, at_source, 0)
+    once, twice = (float((watch(probe, source, tap, by * shift)[1] - before).abs().sum()) for by in (1.0, 2.0))
+    return not twice <= 1.5 * once  # not a number where the type's range ends: it has grown
 
 
 def watch(probe: Probe, source: str, tap: str, shift: Tensor | None = None, *, draw: int | None = None) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from distillzoo.dataflow.experiments import is_linear_op
+from distillzoo.dataflow.experiments import grows_with, is_linear_op
 from distillzoo.errors import TapError, UnsupportedPairError, failure_of
 from distillzoo.stages import Call, DryRun, Probe, is_activation, split_path
 from distillzoo.types import DataSpec, Stage
@@ -53,7 +53,7 @@ class Flow:
         """Return the module path of the last linear op that feeds a tap.
 
         Of several that arrive without another in between (a shortcut's, a gate's) it is one whose map has the tap's size, then the
-        one that lies deepest.
+        one that lies deepest. Maps of 1 x 1 do not tell a gate from what it gates: there one that the tap grows with comes first.
 
         Raises:
             UnsupportedPairError: If no convolution or linear layer feeds the tap.
@@ -70,7 +70,10 @@ class Flow:
         last = self._last(tap)
         shape = last.argument if split_path(tap)[1] == "input" else last.shape
         assert shape is not None
-        return max(found, key=lambda call: (_alike(call.shape, shape), self.run.depth(call))).path
+        alike = [call for call in found if _alike(call.shape, shape)] or found
+        if len(alike) > 1 and all(size == 1 for size in shape[2:]):
+            alike = [call for call in alike if grows_with(self.module, self.data, call.path, tap)] or alike
+        return max(alike, key=self.run.depth).path
 
     def norm_after(self, linear: str) -> str | None:
         """Return the module path of the batch norm that reads what a linear op returned, or None."""

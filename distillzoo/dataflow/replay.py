@@ -129,6 +129,13 @@ class RemainingPath:
                     "taps=, or use guide=False."
                 )
         self._run.fill = None
+        with torch.enable_grad():
+            result = self(raw.new_zeros((len(raw), self._shape[0], *size)).requires_grad_())
+        if not result.requires_grad:
+            raise UnsupportedPairError(
+                f"The guide follows {type(flow.module).__name__} from {tap!r} to {stop or 'its logits'}, and gradients do not: its "
+                "forward switches them off or detaches what it computes. Remove that, or use guide=False."
+            )
 
     @torch.no_grad()
     def _runs(self, raw: Tensor, expected: Tensor, size: Sequence[int]) -> bool:

@@ -70,12 +70,13 @@ def tap_reached_by_addition(net: Tapped, flow: Flow, name: str, op: str) -> tupl
     """
     stage = _stage(net, name)
     before = flow.before_activation(stage)
-    path = next((each for each in (before, stage.path) if reaches_by_addition(net.module, net.data, op, each)), None)
-    added = None if path is None else _added(net, op, path)
-    if added is None:
-        return None, None
-    tap = tap_before_activation(net, flow, name) if path == before else name
-    return tap, None if added == op else net.add_taps({f"{name}.added": added})[0]
+    for path in dict.fromkeys((before, stage.path)):
+        # in 16 bits the slope of a fresh norm passes for 1 in eval mode; training mode, where it follows the batch, tells it apart
+        added = _added(net, op, path) if reaches_by_addition(net.module, net.data, op, path) else None
+        if added is not None:
+            tap = tap_before_activation(net, flow, name) if path == before else name
+            return tap, None if added == op else net.add_taps({f"{name}.added": added})[0]
+    return None, None
 
 
 def _added(net: Tapped, op: str, path: str) -> str | None:

@@ -211,7 +211,9 @@ class CRD(Distiller):
 
     def _log_normalizer(self, side: int, near: Tensor, far: Tensor) -> Tensor:
         """Return log Z: what the first training batch said, chosen on the device so that no step differs from another."""
-        sums = gather_ranks(torch.logaddexp(self._log_sum(near), self._log_sum(far)).view(1))  # one a process
+        sums = torch.logaddexp(self._log_sum(near), self._log_sum(far)).view(1)
+        if self.training:  # one a process; an evaluation may be one process's own, and others would wait for theirs
+            sums = gather_ranks(sums)
         now = sums.logsumexp(0) + math.log(self.num_samples / (len(sums) * (near.numel() + far.numel())))
         stored = self.log_normalizers[side]
         chosen = torch.where(self.normalized[side], stored.to(now.dtype), now)

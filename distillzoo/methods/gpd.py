@@ -15,7 +15,7 @@ from distillzoo import dataflow
 from distillzoo.adapters.connectors import full_precision
 from distillzoo.adapters.dual_network import duals, perturb, plain_network, replaced
 from distillzoo.adapters.expansion import Mode
-from distillzoo.adapters.orepa import BranchStart, start_for
+from distillzoo.adapters.orepa import BranchStart, LinearBranches, start_for
 from distillzoo.adapters.plain import check_plain
 from distillzoo.adapters.trials import exact_copies, scrambled
 from distillzoo.casting import full_precision_trace
@@ -81,7 +81,8 @@ class GPD(Distiller):
     Guo, Zhang, Pan, Liu, Zhang, Chen, "Gap Preserving Distillation by Building Bidirectional Mappings with A Dynamic Teacher",
     ICLR 2025, arXiv 2410.04140. Authors' code: guoyongcs/GPD. Total = ce + L_static(T, S) + 3 :func:`dynamic_teacher_loss` + ce of
     the dynamic teacher (``ce_dynamic``) + L_static(T, D), one backward (the authors' two add the same gradients).
-    Every 3x3 convolution of stride 1 is six linear branches merged online, and every channel stands ``ratio`` times in D, which
+    Every 3x3 convolution of stride 1 without groups that keeps its maps' size is six linear branches merged online (MobileNetV2 and
+    ShuffleNets have none: for them this is ``gpd_reduced``), and every channel stands ``ratio`` times in D, which
     computes the student's function at the start. The student is a slice of D with batch statistics of its own, so that the export
     is that slice, branches merged, without further training. The static loss is any registered method that only adds losses; its
     terms are ``static_*`` for the student and ``static_dynamic_*`` for D, with its own weights. Without a teacher (from scratch, or
@@ -92,8 +93,9 @@ class GPD(Distiller):
     of a channel lie side by side and the slice is every ``ratio``-th channel, a permutation of their blocks and leading slice that
     concatenation, splitting and channel shuffle keep; a grouped convolution keeps its groups, each ``ratio`` times as wide, only a
     depth-wise one gets more; the noise spares the slice and sums to zero over the copies of an input, so that neither function
-    changes at the start. The cosines of the third branch and the draws of branches are ours. Attention, gates and activations that
-    are no modules (unless homogeneous) are refused. On CIFAR the authors published nothing.
+    changes at the start. The cosines of the third branch and the draws of branches are ours. Attention, gates, transposed
+    convolutions, layer scales and activations that are no modules (unless homogeneous) are refused; of the forms of ``dynamic``
+    that the authors compare there is the best one. On CIFAR the authors published nothing.
 
     Args:
         student: The student with its taps; its layers are replaced by such as have two widths.
@@ -114,7 +116,7 @@ class GPD(Distiller):
         weights: Weights by term.
         seed: Seed of the distiller.
     Raises:
-        OptionError: If an option is out of range.
+        OptionError: If an option is out of range, or ``branch_start`` is ``"scratch"`` and no convolution takes branches.
         UnsupportedPairError: If the student cannot be widened, or checkpoints activations, or the static loss restructures it.
     Example:
         >>> from distillzoo import build_distiller, create_model
@@ -157,6 +159,11 @@ class GPD(Distiller):
         method = _static_method(static, static_options, teacher)
         mode = Mode()
         self._widen(mode, ratio, start if self.branched else None, noise, shared=strategy != "soft")
+        if branch_start == "scratch" and not any(isinstance(module, LinearBranches) for module in student.module.modules()):
+            raise OptionError(
+                f"branch_start 'scratch' mixes branches, and {type(student.module).__name__} has no 3x3 convolution of stride 1 "
+                "without groups that keeps its maps' size and trains, so nothing takes them; leave it out."
+            )
         self.dynamic_net = TappedWithin(student, mode)
         for name, net in {"static": student, "static_dynamic": self.dynamic_net}.items():
             if method is not None and (teach_dynamic or name == "static"):

@@ -32,17 +32,17 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
     Returns:
         Scalar, sum over classes, mean over the batch.
     Raises:
-        ShapeError: If the logits differ in shape or are not ``(B, C)``.
+        ShapeError: If the logits differ in shape, are not ``(B, C)`` or are empty.
         OptionError: If the temperature is not above 0.
     Example:
         >>> import torch
         >>> kd_loss(torch.zeros(2, 5), torch.zeros(2, 5), temperature=4.0)
         tensor(0.)
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape or not student_logits.numel():
         raise ShapeError(
-            f"kd_loss needs two (B, C) tensors of one shape; got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}. "
-            "Flatten dense or token logits to (B, C) first."
+            f"kd_loss needs two (B, C) tensors of one shape that are not empty; got {tuple(student_logits.shape)} and "
+            f"{tuple(teacher_logits.shape)}. Flatten dense or token logits to (B, C) first."
         )
     check_positive("temperature", temperature)
     return softened_divergence(student_logits, teacher_logits, temperature)

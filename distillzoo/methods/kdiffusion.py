@@ -102,7 +102,8 @@ class KDiffusion(Distiller):
     is level with the progressive objective, and one branch no worse than four (record b4ac253fe89c2453 and the other finalists').
     Between families, resnet20 to MobileNetV2, the average does better, at a third of the weight, and all stages do better than
     the last (record 94ffa413acdcaa3b, one seed). Of the other options only the first or the middle stage and a bridge for each
-    branch lose more than a point, with one seed each.
+    branch lose more than a point, with one seed each. Not tried: a bridge without its norm, a target after the activation or in
+    units of its running deviation, branches of a stage that is a sum read without the shortcut.
 
     Args:
         student: The student with its taps; its ops are replaced.

@@ -46,10 +46,10 @@ def pkt_loss(student_vectors: Tensor, teacher_vectors: Tensor, *, mean: Mean = "
         >>> pkt_loss(torch.eye(3), 2 * torch.eye(3))
         tensor(0.)
     """
-    if student_vectors.ndim != 2 or teacher_vectors.ndim != 2 or len(student_vectors) != len(teacher_vectors):
+    if student_vectors.ndim != 2 or teacher_vectors.ndim != 2 or not 0 < len(student_vectors) == len(teacher_vectors):
         raise ShapeError(
-            f"pkt_loss needs (B, D) vectors of one batch; got {tuple(student_vectors.shape)} and {tuple(teacher_vectors.shape)}; "
-            "pool or flatten maps first."
+            f"pkt_loss needs (B, D) vectors of one batch that is not empty; got {tuple(student_vectors.shape)} and "
+            f"{tuple(teacher_vectors.shape)}; pool or flatten maps first."
         )
     check_choice("mean", mean, Mean)
     with torch.autocast(student_vectors.device.type, enabled=False):  # else the products would be made in 16 bits

@@ -39,9 +39,9 @@ def sp_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         >>> sp_loss(torch.eye(3), 2 * torch.eye(3))
         tensor(0.)
     """
-    if min(student_features.ndim, teacher_features.ndim) < 2 or len(student_features) != len(teacher_features):
+    if min(student_features.ndim, teacher_features.ndim) < 2 or not 0 < len(student_features) == len(teacher_features):
         raise ShapeError(
-            f"sp_loss needs (B, ...) features of one batch; got {tuple(student_features.shape)} and "
+            f"sp_loss needs (B, ...) features of one batch that is not empty; got {tuple(student_features.shape)} and "
             f"{tuple(teacher_features.shape)}; tap the same stage or vector of both networks on the same images."
         )
     with torch.autocast(student_features.device.type, enabled=False):  # else the products would be made in 16 bits

@@ -71,7 +71,8 @@ class VID(Distiller):
         teacher: The teacher with its taps.
         data: What may be known about the data.
         initial_variance: Variance of every channel before training, above 1e-5. Code: 5.
-        decay_variance: Whether weight decay acts on rho.
+        decay_variance: Whether rho is decayed where the recipe decays norms and biases. In a loop of your own rho is spared only by
+            an optimiser that follows ``param_groups()``.
         weights: Weights of ``ce`` and ``vid``.
         seed: Seed of the distiller.
     Raises:

@@ -99,7 +99,9 @@ def _counted(found: list[Comparison]) -> str:
         way = each.doubt or ("above" if (each.differences.mean or 0.0) > 0 else "below")
         ways[way] = ways.get(way, 0) + 1
     counts = ", ".join(f"{ways[way]} {way}" for way in ("above", "below", "inside the spread", "one seed") if way in ways)
-    return f"{len(there)} of {len(found)} comparisons are there{f' ({counts})' if counts else ''}."
+    whole = sum(each.differences.n == each.row.asked for each in there)
+    part = f", {len(there) - whole} of them in part" if whole < len(there) else ""
+    return f"{len(there)} of {len(found)} comparisons are there{part}{f' ({counts})' if counts else ''}."
 
 
 def _listed(titles: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from distillzoo.bench.options import parse_options
 from distillzoo.models import create_model
 from tests.bench.conftest import TINY_YAML, Call
 
@@ -64,6 +65,10 @@ WRONG = [
     (["--dataset", "cifar100", "--recipe", "digits"], "for another data set than cifar100"),
     (["--methods", "all,kd"], "stands alone"),
     (["--methods", "vid+kd+nothing"], "'nothing'"),
+    (["--teacher_seed", "-1"], "A seed must be an integer of at least 0; got -1"),
+    (["--teacher_seed.x", "1"], "has no parts; set it as --teacher_seed VALUE"),
+    (["--teacher_seeds", "1"], "Unknown option '--teacher_seeds'"),
+    (["--student_overrides.timm/resnet18.lr", "1"], "Unknown network under student_overrides 'timm/resnet18'"),
     (["--taps.nomodel", "[a]"], "Unknown network under taps 'nomodel'"),
     (["--seeds", "0", "--seeds", "1"], "--seeds is given twice"),
     (["--kd.weights.dk", "1"], "'dk'. Its terms are: ce, kd"),
@@ -92,6 +97,24 @@ WRONG = [
     (["--minutes", "0"], "--minutes takes a number above 0; got '0'"),
     (["--minutes", "soon"], "--minutes takes a number above 0; got 'soon'"),
 ]
+
+
+def test_fields_without_parts_and_networks_of_others_are_set_too() -> None:
+    arguments = [
+        "--dataset",
+        "folder",
+        "--teacher_seed",
+        "3",
+        "--teacher_storage=float32",
+        "--taps.timm/resnet18",
+        "[layer2,layer3]",
+    ]
+    recipe = parse_options([*arguments, "--student_overrides.timm/test-net_x*.lr", "0.02"]).recipe
+    assert recipe is not None
+    assert (recipe.teacher_seed, recipe.teacher_storage) == (3, "float32")
+    assert recipe.taps == {"timm/resnet18": ["layer2", "layer3"]}
+    assert recipe.student_overrides["timm/test-net_x*"] == {"lr": 0.02}
+    assert {"teacher_seed", "taps.timm/resnet18"} <= set(recipe.changed)
 
 
 @pytest.mark.parametrize(("arguments", "words"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])

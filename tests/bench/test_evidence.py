@@ -45,9 +45,7 @@ def test_parts_run_once_and_are_kept_as_records_and_tables(tmp_path: Path) -> No
 
     assert run(tmp_path / "runs")[0] == 0
     text = (tmp_path / "results" / "mine" / "evidence.txt").read_text()
-    assert text.index("How much\n--------\n\npython benchmarks/run_table.py --data-root DIR --dataset synthetic") < text.index(
-        "Which\n"
-    )
+    assert text.index("How much\n--------\n\npython benchmarks/run_table.py --dataset synthetic") < text.index("Which\n")
     assert "missing" not in text
     records = sorted((tmp_path / "results" / "mine").glob("*/result.json"))
     assert len(records) == 3, "kd at its own weight of 3 belongs to both parts"

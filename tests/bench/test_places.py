@@ -27,8 +27,8 @@ WHERE = {
     "gpu": None,
 }
 COST = (
-    "Training took {} minutes for a group of 4 rows on one teacher pass, 128 images/s for each row, on 1 thread of A CPU; "
-    "evaluation, checkpoints and epochs that were interrupted come on top."
+    "Training took {} minutes for a group of 4 rows on one teacher pass, 128 images/s for each row, all rows taking turns, "
+    "on 1 thread of A CPU; evaluation, checkpoints and epochs that were interrupted come on top."
 )
 
 
@@ -103,6 +103,15 @@ def test_every_place_of_a_resumed_run_is_named(plan: Plan) -> None:
     assert "on 2 threads of A CPU, A GPU; evaluation" in cost_sentence(plan.cells, results_of(plan, calls=calls))
 
 
+def test_what_was_set_for_speed_is_said(plan: Plan) -> None:
+    results = results_of(plan, settings={"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0"})
+    assert "on 1 thread of A CPU with GLIBC_TUNABLES=glibc.malloc.mmap_max=0; evaluation" in cost_sentence(plan.cells, results)
+    for cell in plan.cells:
+        if cell.seed == 0:
+            change(results, plan, cell.row.name, 0, settings={})
+    assert "with GLIBC_TUNABLES=glibc.malloc.mmap_max=0 in 1 of 2 groups; evaluation" in cost_sentence(plan.cells, results)
+
+
 def test_rows_of_one_seed_that_trained_at_different_places_are_named(plan: Plan) -> None:
     results = results_of(plan)
     assert places_sentence(plan.cells, results) == ""
@@ -130,4 +139,6 @@ def test_a_search_says_how_long_and_where(plan: Plan) -> None:
     search = Search("mine", "synthetic", "tiny", "digits", "mine", 1, 0, (choice.swept,))
     text = " ".join(table_text(search, [choice]).split())
     assert "KD seed 0 on 2 threads of A CPU" in text
-    assert text.endswith(COST.format("1.5").replace("on 1 thread of A CPU", "on 1 thread of A CPU, 2 threads of A CPU"))
+    cost = COST.format("1.5").replace("on 1 thread of A CPU", "on 1 thread of A CPU, 2 threads of A CPU")
+    assert f" {cost} " in text
+    assert text.endswith("records name no accuracy of the exported student.")

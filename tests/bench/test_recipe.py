@@ -156,3 +156,27 @@ def test_recipes_are_found_by_data_set() -> None:
 def test_recipes_that_are_not_found(name: str | None, dataset: str | None, words: str) -> None:
     with pytest.raises(DistillZooError, match=words):
         find_recipe(name, dataset)
+
+
+def test_a_changed_copy_of_a_built_in_recipe_needs_a_name_of_its_own(tmp_path: Path) -> None:
+    text = find_recipe("paper", "cifar100").read_text()
+    (tmp_path / "same.yaml").write_text(text)
+    assert load_recipe(tmp_path / "same.yaml").comparable
+    (tmp_path / "mine.yaml").write_text(text.replace("epochs: 240", "epochs: 60"))
+    with pytest.raises(OptionError, match=r"'mine\.yaml' has the name of a built-in recipe, 'cifar100_paper', and other fields"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+def test_what_decides_the_images_is_told_from_how_they_are_read() -> None:
+    recipe = make_recipe({**TINY, "dataset": "imagenet100", "data": {"crop": 160, "workers": 3, "class_list": "lists/mine.txt"}})
+    assert recipe.data_options == {
+        "class_list": "mine.txt",
+        "allow_missing_classes": False,
+        "crop": 160,
+        "resize": None,
+        "mean": None,
+        "std": None,
+        "packed": False,
+    }
+    default = make_recipe({**TINY, "dataset": "imagenet100", "data": {}}).data_options
+    assert make_recipe({**TINY, "dataset": "imagenet100", "data": {"class_list": "cmc"}}).data_options == default

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from distillzoo.bench import cli
-from distillzoo.bench.recipe import Recipe
+from distillzoo.bench.recipe import Recipe, apply_override
 from distillzoo.bench.recorded import recorded_data, several_sets, unused_records
 from distillzoo.bench.reproduction import recorded_table
 from distillzoo.errors import DataError
@@ -69,3 +69,17 @@ def test_records_that_are_not_asked_for_are_counted_with_what_differs(
         outcome = call(*arguments, *more)
         assert sorted(outcome.err.removeprefix("Note: ").rstrip(".\n").split(", ")) == sorted(listed.split(", ")), more
         assert outcome.code == 0
+
+
+def test_records_of_other_options_of_the_data_are_not_taken_for_these(finished: Path, tiny: Recipe, tmp_path: Path) -> None:
+    assert recorded_data(finished, tiny) is not None
+    other = apply_override(tiny, "data.num_test", 24)
+    assert recorded_data(finished, other) is None
+    assert recorded_data(finished, apply_override(tiny, "data.workers", 2)) is not None
+    old = tmp_path / "old"
+    shutil.copytree(finished, old)
+    for path in old.glob("*/result.json"):
+        found = json.loads(path.read_text())
+        del found["data_options"]
+        path.write_text(json.dumps(found))
+    assert recorded_data(old, other) is not None, "of records from before options were written nothing is known"

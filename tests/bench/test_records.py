@@ -166,3 +166,15 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
             RecordStore(place, print).check_writable()
     RecordStore(tmp_path / "new" / "deep", print).check_writable()
     assert list((tmp_path / "new" / "deep").iterdir()) == []
+
+
+def test_an_environment_that_was_changed_by_hand_is_not_known(finished: Record, store: RecordStore) -> None:
+    assert store.environment(finished) == {"threads": 1}
+    path = finished.path / "env.json"
+    body = json.loads(path.read_text())
+    path.write_text(json.dumps({**body, "threads": 64}))
+    assert store.environment(finished) == {}
+    path.write_text(json.dumps({"threads": 2}))
+    assert store.environment(finished) == {"threads": 2}, "records of before have no checksum"
+    path.write_text("[]")
+    assert store.environment(finished) == {}

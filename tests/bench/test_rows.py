@@ -14,6 +14,7 @@ from distillzoo.bench.plan import make_plan
 from distillzoo.bench.recipe import Pair, Recipe, make_recipe
 from distillzoo.bench.rows import Row, load_table, select_rows
 from distillzoo.bench.sweep import method_override, sweep_points
+from distillzoo.bench.table import make_table
 from distillzoo.data import DataSet
 from distillzoo.errors import OptionError
 from tests.bench.conftest import TINY
@@ -137,3 +138,26 @@ def test_rows_of_a_recipe_keep_the_tables_pairs() -> None:
     recipe = make_recipe({**TINY, "methods": ["reviewkd"], "table": "cifar100"})
     (row,) = select_rows(load_table("cifar100"), recipe)
     assert row.describe(PAIR)["weights"]["review"]["value"] == 0.6
+
+
+def test_a_table_of_photographs_takes_no_settings_of_small_images() -> None:
+    for table in ("imagenet100", "folder"):
+        rows = {row.name: row for row in load_table(table).rows}
+        assert {name: row.describe(PAIR)["weights"] for name, row in rows.items() if name in ("ofd", "dkd")} == {
+            "ofd": {"ce": 1.0, "feature": 1e-4},
+            "dkd": {"ce": 1.0, "tckd": 1.0, "nckd": 0.5},
+        }
+        assert rows["dkd"].describe(PAIR)["options"] == {"temperature": 1.0}
+
+
+def test_dkd_has_its_published_weights_by_pair() -> None:
+    row = next(row for row in load_table("cifar100").rows if row.name == "dkd")
+    pairs = ("resnet56:resnet20", "vgg13:mobilenetv2", "wrn_40_2:wrn_40_1", "resnet32x4:shufflenetv1", "wrn_40_2:shufflenetv1")
+    found = [row.describe(Pair.parse(pair))["weights"]["nckd"]["value"] for pair in pairs]
+    assert found == [2.0, 6.0, 6.0, 8.0, 8.0]
+
+
+def test_settings_of_rows_that_a_table_does_not_list_are_said(tiny_data: Load) -> None:
+    plan = make_plan(make_recipe({**TINY, "methods": ["kd", "sp", "at+kd"]}), load_table("digits"), tiny_data)
+    caption = make_table(plan, {}, lambda _: None).caption
+    assert "Settings of SP, AT + KD: from the methods' defaults." in caption

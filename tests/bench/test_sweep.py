@@ -106,7 +106,8 @@ def test_a_point_of_which_a_seed_diverged_says_so(tiny_data: Load) -> None:
 def test_points_that_two_trainings_of_a_teacher_taught_are_named(tiny_data: Load) -> None:
     plan, axes = plan_of(tiny_data, "kd.temperature=1,2")
     teacher = {"id": "t", "name": "tinycnn_32", "accuracy": 91.25, "sha256": "a" * 64}
-    results = {cell.run.id: {"last_accuracy": 50.0, "teacher": teacher} for cell in plan.cells}
+    told = {"exported_accuracy": 50.0, "environment": {"commit": "c"}}
+    results = {cell.run.id: {"last_accuracy": 50.0, "teacher": teacher, **told} for cell in plan.cells}
     whole = SweepView(plan, axes, results).caption
     last = max(plan.cells, key=lambda cell: (cell.row.point, cell.seed))
     results[last.run.id]["teacher"] = {**teacher, "sha256": "b" * 64}

@@ -35,6 +35,8 @@ def results_of(plan: Plan, last: dict[str, dict[int, float]]) -> dict[str, dict[
             "last_accuracy": last[cell.row.name][cell.seed],
             "best_accuracy": last[cell.row.name][cell.seed] + 1.0,
             "parameters": 6179,
+            "exported_accuracy": last[cell.row.name][cell.seed],
+            "environment": {"commit": "c"},
         }
         for cell in plan.cells
         if cell.seed in last[cell.row.name]
@@ -45,12 +47,12 @@ def test_the_text_of_fixed_records(plan: Plan) -> None:
     text = make_table(plan, results_of(plan, LAST), lambda _: TEACHER).text()
     assert text.split("\n\n")[:2] == [
         "synthetic: tinycnn_32 -> tinycnn_8",
-        "method           last epoch    best epoch         vs KD       n\n"
-        "-------------  ------------  ------------  ------------  ------\n"
-        "student alone  71.00 ± 1.00  72.00 ± 1.00  -2.00 ± 1.00       3\n"
-        "KD             73.00 ± 1.00  74.00 ± 1.00             -       3\n"
-        "AT             74.00 ± 1.41  75.00 ± 1.41  +1.00 ± 2.83  2 of 3\n"
-        "VID                 missing             -             -  0 of 3",
+        "method           last epoch    best epoch            vs KD       n\n"
+        "-------------  ------------  ------------  ---------------  ------\n"
+        "student alone  71.00 ± 1.00  72.00 ± 1.00  ns -2.00 ± 1.00       3\n"
+        "KD             73.00 ± 1.00  74.00 ± 1.00                -       3\n"
+        "AT             74.00 ± 1.41  75.00 ± 1.41  ns +1.00 ± 2.83  2 of 3\n"
+        "VID                 missing             -                -  0 of 3",
     ]
 
 
@@ -64,7 +66,7 @@ def test_the_caption_says_what_must_be_known(plan: Plan) -> None:
         "Differences to KD are paired over seeds",
         "Teacher tinycnn_32 91.25 % (287,843 parameters)",
         "student tinycnn_8 (6,179 parameters)",
-        "those inside the spread (a 95 % interval of their mean by Student's t holds zero) mean nothing.",
+        "those marked ns are inside the spread (a 95 % interval of their mean by Student's t holds zero) and mean nothing.",
         "tiny recipe, n = 0 to 3 of 3 seeds: not comparable with published figures. Students train 3 epochs in batches of 12, "
         "teachers train 2 epochs in batches of 12.",
         "2 of 4 cells are there, 1 in part (8 of 12 runs).",
@@ -75,6 +77,30 @@ def test_the_caption_says_what_must_be_known(plan: Plan) -> None:
 def test_differences_are_paired_over_seeds(plan: Plan) -> None:
     line = make_table(plan, results_of(plan, LAST), lambda _: None).blocks[0].lines[2]
     assert line.against == {0: 3.0, 2: -1.0}, "seed 1 of AT is missing, so KD's seed 1 must not count"
+
+
+def test_runs_on_other_devices_or_threads_make_no_pair(plan: Plan) -> None:
+    results = results_of(plan, LAST)
+    ids = {(cell.row.name, cell.seed): cell.run.id for cell in plan.cells}
+    for seed in (0, 1):
+        for row in ("vanilla", "kd"):
+            results[ids[row, seed]]["environment"] = {"commit": "c", "threads": 2, "cpu": "A CPU"}
+    results[ids["kd", 0]]["environment"] = {"commit": "c", "threads": 1, "cpu": "A CPU"}
+    line = make_table(plan, results, lambda _: None).blocks[0].lines[0]
+    assert line.against == {1: -1.0, 2: -3.0}, "of seed 2 nothing is told"
+
+
+def test_a_difference_outside_the_spread_is_not_marked_and_one_without_a_spread_neither(plan: Plan) -> None:
+    def marks(kd: list[float]) -> tuple[str, str]:
+        last = {"vanilla": {0: 70.0, 1: 72.0, 2: 71.0}, "kd": dict(enumerate(kd)), "at": {}, "vid": {}}
+        table = make_table(plan, results_of(plan, last), lambda _: None)
+        row = next(iter(csv.DictReader(io.StringIO(table.csv()))))
+        return table.text().splitlines()[4].split("  ")[3].strip(), row["vs_kd_ns"]
+
+    assert marks([75.0, 77.1, 76.0]) == ("-5.03 ± 0.06", "False")
+    assert marks([75.0, 77.0, 76.0]) == ("ns -5.00 ± 0.00", "True"), "alike to the last image: their spread is not known"
+    assert marks([75.13, 77.13, 76.13])[0] == "ns -5.13 ± 0.00", "rounding is no spread"
+    assert marks([75.0]) == ("-5.00 ± -", "")
 
 
 def test_a_seed_that_the_baseline_lacks_makes_no_difference(plan: Plan) -> None:

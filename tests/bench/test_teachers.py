@@ -78,7 +78,7 @@ def test_a_table_names_a_teacher_of_which_only_the_digest_is_kept(
     arguments = ["--recipe", recipe_file, "--output", str(tmp_path / "runs"), "--table-only"]
     outcome = call(*arguments, teacher_folders=(tmp_path / "kept",))
     assert (outcome.code, outcome.err) == (0, "")
-    assert f"Teacher tinycnn_32 {manifest['accuracy']:.2f} % ({manifest['parameters']:,} parameters)" in outcome.out
+    assert f"Teacher tinycnn_32 {manifest['accuracy']:.2f} % ({manifest['parameters']:,} parameters; trained on " in outcome.out
 
 
 def test_a_teacher_that_came_out_differently_is_told_and_recorded(
@@ -180,3 +180,19 @@ def test_a_teacher_of_which_the_loss_is_not_finite_is_named_and_teaches_nobody(
     assert "The loss of the teacher tinycnn_32 on the evaluation images is" in outcome.err
     assert "give another checkpoint" in outcome.err
     assert set(records(tmp_path / "runs")) == {("vanilla", 0)}
+
+
+def test_a_kept_teacher_is_said_and_where_it_was_trained(finished: Path, call: Call, recipe_file: str, tmp_path: Path) -> None:
+    shutil.copytree(finished / "teachers", tmp_path / "kept")
+    (environment,) = (tmp_path / "kept").glob("*/env.json")
+    arguments = ["--recipe", recipe_file, "--output", str(tmp_path / "runs"), "--methods", "kd", "--seeds", "0"]
+    outcome = call(*arguments, teacher_folders=(tmp_path / "kept",))
+    assert outcome.code == 0, outcome.err
+    assert f" %, the one kept in {environment.parent}." in outcome.out
+    told = json.loads(environment.read_text())
+    threads = f"{told['threads']} thread{'s' if told['threads'] != 1 else ''} of {told['cpu']}"
+    assert f" parameters; trained on {threads}" in outcome.out
+    environment.write_text(json.dumps({"threads": 7, "cpu": "A CPU", "commit": None}))
+    again = call(*arguments, "--table-only", teacher_folders=(tmp_path / "kept",))
+    assert " parameters; trained on 7 threads of A CPU; no commit named)" in again.out
+    assert "; trained on" not in call(*arguments, "--table-only").out, "of a teacher that the project does not keep nothing is said"

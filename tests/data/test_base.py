@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distillzoo.data import DATASETS, Augment, DataSet, ResidentDataSet, Split, load_dataset, training_spec
+from distillzoo.data import DATASETS, Augment, DataSet, ResidentDataSet, Split, load_dataset, takes_root, training_spec
 from distillzoo.errors import DataError, MissingDependencyError, OptionError, UnknownNameError
 from distillzoo.types import Loader
 
@@ -88,6 +88,14 @@ def test_unknown_names_get_near_matches():
         load_dataset("digits", split="held-out")
     with pytest.raises(OptionError, match=r"'labels_per_clas'\. Did you mean 'labels_per_class'"):
         load_dataset("digits", labels_per_clas=3)
+
+
+def test_who_reads_files_is_known():
+    assert {name: takes_root(name) for name in ("cifar100", "folder", "digits", "synthetic")} == {
+        "cifar100": True, "folder": True, "digits": False, "synthetic": False,
+    }  # fmt: skip
+    with pytest.raises(UnknownNameError):
+        takes_root("digit")
 
 
 def test_a_root_or_download_that_would_be_ignored_is_refused():

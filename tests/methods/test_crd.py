@@ -185,6 +185,12 @@ def test_the_normalizer_is_the_first_training_batch_and_stays():
     assert not crd(normalizer="none").normalized.any()
 
 
+def test_an_evaluation_waits_for_no_other_process(monkeypatch):
+    distiller = crd().eval()
+    monkeypatch.setattr("distillzoo.methods.crd.gather_ranks", pytest.fail)
+    assert step(distiller, [0, 1, 2]).loss.isfinite()
+
+
 @pytest.mark.parametrize("mode", ["exact", "relax"])
 def test_banks_move_after_the_step_by_the_last_embeddings(mode):
     distiller = crd(momentum=0.25, mode=mode)

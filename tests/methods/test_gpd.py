@@ -119,6 +119,18 @@ def test_a_frozen_convolution_stays_as_it_is():
     distiller = build("gpd", student, branch_start="scratch")
     assert torch.equal(distiller.export_student().groups[0][0].conv.weight, kernel)
     assert not any(parameter.requires_grad for parameter in distiller.student.groups[0].parameters())
+    exported = {name: parameter.requires_grad for name, parameter in distiller.export_student().named_parameters()}
+    assert exported == {name: not name.startswith("groups.0.") for name in exported}
+    frozen = copy.deepcopy(distiller).requires_grad_(False).export_student()
+    assert not any(parameter.requires_grad for parameter in frozen.parameters()), "none of them, branches or not"
+
+
+def test_how_branches_start_is_refused_where_nothing_takes_them():
+    student = create_model("mobilenetv2", num_classes=5)
+    with pytest.raises(OptionError, match="branch_start 'scratch' mixes branches, and MobileNetV2 has no 3x3 convolution"):
+        build("gpd", student, branch_start="scratch")
+    assert not any(isinstance(module, DualOp) for module in student.modules()), "it is as it came"
+    build("gpd", student)
 
 
 def test_a_homogeneous_rule_is_not_needed_of_modules():

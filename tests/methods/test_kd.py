@@ -79,6 +79,8 @@ def test_compiles_and_treats_the_teacher_as_constant():
 def test_other_shapes_are_refused_by_name(shape):
     with pytest.raises(ShapeError, match=r"\(B, C\)"):
         kd_loss(oracles.student_logits(), torch.zeros(shape))
+    with pytest.raises(ShapeError, match="not empty; got \\(0, 5\\)"):
+        kd_loss(torch.zeros(0, 5), torch.zeros(0, 5))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from distillzoo import build_distiller, create_model
 from distillzoo.adapters.bridge import Bridge
 from distillzoo.adapters.reverse import diffusion_amplitudes, draw_noise
+from distillzoo.errors import UnsupportedPairError
 from distillzoo.models import MODELS
 from distillzoo.types import Batch
 from tests.methods import oracles
@@ -175,3 +176,24 @@ def test_a_teacher_that_switches_gradients_off_teaches_where_its_stages_say_all(
     teacher.forward = torch.no_grad()(teacher.forward)
     distiller = build_distiller("kdiffusion", create_model("resnet8", num_classes=5), teacher, input_size=16, seed=0)
     assert distiller(*oracles.tiny_batch()).loss.isfinite()
+
+
+def test_a_guide_that_would_have_no_gradient_is_refused():
+    class Quiet(type(create_model("resnet20", num_classes=5))):
+        @torch.no_grad()
+        def forward(self, images):
+            return super().forward(images)
+
+    teacher = create_model("resnet20", num_classes=5)
+    teacher.__class__ = Quiet
+    student = create_model("resnet8", num_classes=5)
+    with pytest.raises(UnsupportedPairError, match="to its logits, and gradients do not: its forward switches them off"):
+        build_distiller("kdiffusion", student, teacher, input_size=16, guide=True)
+    build_distiller("kdiffusion", student, teacher, input_size=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_pre_activation_student_is_read_at_the_raw_stream_in_every_type(dtype):
+    student, teacher = (create_model(name, num_classes=5).to(dtype) for name in ("wrn_16_1", "wrn_16_2"))
+    (layer,) = build_distiller("kdiffusion", student, teacher, input_size=16, seed=0).layers
+    assert layer.total == "stage3"

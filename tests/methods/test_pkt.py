@@ -112,6 +112,8 @@ def test_half_types_autocast_and_compile():
 def test_bad_input_is_refused(shape):
     with pytest.raises(ShapeError, match="pkt_loss"):
         pkt_loss(oracles.student_vectors(), torch.zeros(shape))
+    with pytest.raises(ShapeError, match="not empty"):
+        pkt_loss(torch.zeros(0, 5), torch.zeros(0, 5))
     with pytest.raises(OptionError, match="mean"):
         pkt_loss(oracles.student_vectors(), oracles.teacher_vectors(), mean="batch")
     with pytest.raises(OptionError, match="mean"):

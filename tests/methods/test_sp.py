@@ -88,6 +88,8 @@ def test_half_types_autocast_and_compile():
 def test_other_shapes_are_refused(shape):
     with pytest.raises(ShapeError, match="sp_loss"):
         sp_loss(oracles.student_map(), torch.zeros(shape))
+    with pytest.raises(ShapeError, match="not empty"):
+        sp_loss(torch.zeros(0, 5), torch.zeros(0, 5))
 
 
 # ---------------------------------------------------------------------------------------------------- the distiller
