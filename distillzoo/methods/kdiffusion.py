@@ -99,7 +99,8 @@ class KDiffusion(Distiller):
     CIFAR-100, resnet20 to resnet8 (``benchmarks/results/kdiffusion``: progressive from 0.3 to 100, flat from 10 on, record
     16608ceefbe23248; guide 0.1, 1 and 10, record f9a3303a5047d2e9). Branches, schedule, noise, shuffle, layer and bridge follow the
     paper where it speaks and are guesses elsewhere, and these records do not bear the paper out. Over three seeds the plain average
-    is level with the progressive objective, and one branch no worse than four (record b4ac253fe89c2453 and the other finalists').
+    is level with the progressive objective, and one branch no worse than four (record b4ac253fe89c2453 and the other finalists');
+    in the table of the recipe ``cpu``, three seeds on the test set, it stands below it (``benchmarks/results/cifar100_cpu``).
     Between families, resnet20 to MobileNetV2, the average does better, at a third of the weight, and all stages do better than
     the last (record 94ffa413acdcaa3b, one seed). Of the other options only the first or the middle stage and a bridge for each
     branch lose more than a point, with one seed each. Not tried: a bridge without its norm, a target after the activation or in
